@@ -1,0 +1,46 @@
+//! LocalTensor: what one rank holds of a global tensor, as boxes of bytes. No tensor library needed.
+
+use std::any::Any;
+
+use crate::{Result, TensorBox};
+use sconce_mesh::DType;
+
+/// The part of a global tensor that this rank holds.
+///
+/// Bytes are native little-endian, each box row-major and contiguous on its own. A checkpoint reads and writes
+/// through this trait only; whole tensors, [`DTensor`](crate::DTensor)s and pieces of flat parameters implement it.
+pub trait LocalTensor: Send + Sync {
+    /// Element type.
+    fn dtype(&self) -> DType;
+
+    /// Shape of the global tensor.
+    fn global_shape(&self) -> &[usize];
+
+    /// The boxes held here: disjoint, inside `global_shape`, possibly none.
+    fn local_boxes(&self) -> &[TensorBox];
+
+    /// Lends the bytes of box `index` to `read`.
+    ///
+    /// # Errors
+    /// The device could not be read.
+    fn read_box(&self, index: usize, read: &mut dyn FnMut(&[u8])) -> Result<()>;
+
+    /// Lends the bytes of box `index` to `write`, in place: aliases of the tensor see the new values.
+    ///
+    /// # Errors
+    /// The device could not be written.
+    fn write_box(&mut self, index: usize, write: &mut dyn FnMut(&mut [u8])) -> Result<()>;
+
+    /// A copy that shares no memory with this one.
+    fn deep_copy(&self) -> Result<Box<dyn LocalTensor>>;
+
+    /// This value for downcasting, where its type is `'static`.
+    fn as_any(&self) -> Option<&dyn Any> {
+        None
+    }
+}
+
+/// Size in bytes of box `index`.
+pub fn box_len_bytes(tensor: &dyn LocalTensor, index: usize) -> usize {
+    tensor.local_boxes()[index].numel() * tensor.dtype().size_bytes()
+}
