@@ -68,6 +68,15 @@ pub enum Error {
         missing: Vec<Rank>,
     },
 
+    /// A rank gave the group up: it called `abort`, or a panic cut one of its collectives short.
+    #[error("group {group}: rank {rank} aborted the group")]
+    Aborted {
+        /// Name of the group.
+        group: String,
+        /// The rank that gave up.
+        rank: Rank,
+    },
+
     /// An argument that cannot be right, found before anything was sent.
     #[error("{op}: {what}: expected {expected}, got {got}")]
     InvalidArgument {

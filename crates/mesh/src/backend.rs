@@ -1,0 +1,63 @@
+//! Backend: the small object-safe contract between a process group and what moves its bytes.
+//!
+//! It knows bytes and dtypes, not Rust element types, and checks no arguments: `collective.rs` has done so.
+
+mod call;
+pub(crate) mod local;
+pub(crate) mod pieces;
+pub(crate) mod solo;
+
+pub(crate) use call::{Call, CallName};
+
+use crate::{Error, GroupRank, ReduceOp, Result};
+
+/// One rank's end of one group.
+///
+/// Call order: all ranks of the group issue the same calls in the same order. A backend that can tell answers
+/// `Mismatch` on every rank where they do not.
+///
+/// Units: every count is in bytes and a multiple of the element size of `call.dtype`; there is one count per
+/// group rank. *Pieces* are slices whose concatenation is the logical buffer. It may be longer than the pieces
+/// together: what would be written past their end is dropped, what would be read there is zero.
+///
+/// Errors: after the first error a group is failed and answers every later call with that error.
+pub(crate) trait Backend: Send + Sync {
+    /// Returns once every rank has called it.
+    fn barrier(&self) -> Result<()>;
+
+    /// Copies the buffer of `root` over every other rank's.
+    fn broadcast(&self, call: Call, buffer: &mut [u8], root: GroupRank) -> Result<()>;
+
+    /// Replaces every rank's buffer by the reduction of all, in group-rank order, so with equal bits.
+    fn all_reduce(&self, call: Call, buffer: &mut [u8], op: ReduceOp) -> Result<()>;
+
+    /// Writes all inputs, in group-rank order, to the output pieces. `counts[g]` bytes come from rank g.
+    fn all_gather(&self, call: Call, input: &[u8], counts: &[usize], output: &mut [&mut [u8]]) -> Result<()>;
+
+    /// Reduces the inputs and leaves part g, `counts[g]` bytes, in the output of rank g.
+    fn reduce_scatter(
+        &self,
+        call: Call,
+        op: ReduceOp,
+        input: &[&[u8]],
+        counts: &[usize],
+        output: &mut [u8],
+    ) -> Result<()>;
+
+    /// Sends part g of `input` to rank g. `send[g]` and `receive[g]` bytes go to and come from rank g; the even
+    /// form (all counts equal) is told by `call.name` so that ranks need not compare their counts.
+    fn all_to_all(
+        &self,
+        call: Call,
+        input: &[u8],
+        send: &[usize],
+        output: &mut [u8],
+        receive: &[usize],
+    ) -> Result<()>;
+
+    /// Fails the group on every rank, with `Aborted` naming this one; pending calls return too.
+    fn abort(&self);
+
+    /// Why the group failed, if it did.
+    fn failure(&self) -> Option<Error>;
+}

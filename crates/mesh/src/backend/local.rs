@@ -1,0 +1,214 @@
+//! The local backend: ranks of one host, processes or threads, over shared memory and futexes.
+//!
+//! It needs Linux and nothing installed. Each group has a segment in which every rank owns two halves
+//! (`segment.rs`); `ffi.rs` says why its slices are sound, `exchange.rs` runs one collective, `rounds.rs` says what
+//! each collective moves.
+
+mod bootstrap;
+mod exchange;
+mod failure;
+mod fds;
+mod ffi;
+mod fingerprint;
+mod liveness;
+mod memfd;
+mod reduce;
+mod rendezvous;
+mod rounds;
+mod segment;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+pub(crate) use self::bootstrap::Offer;
+pub(crate) use self::exchange::Endpoint;
+use self::ffi::Mapping;
+use self::fingerprint::Fingerprint;
+use self::liveness::Watch;
+use self::segment::Geometry;
+use super::{Backend, Call, CallName};
+use crate::{Error, GroupRank, Rank, ReduceOp, Result, Store};
+
+/// One rank's membership of a world of this host. Dropping it leaves the world.
+pub(crate) struct LocalWorld {
+    watch: Arc<Watch>,
+    home: Home,
+}
+
+/// How ranks of this world share a new segment.
+enum Home {
+    /// Segments by group name; they live as long as the world.
+    Threads(Arc<Mutex<HashMap<String, Arc<Mapping>>>>),
+    Processes,
+}
+
+/// What a rank must know of a group to join it.
+pub(crate) struct Membership {
+    pub(crate) group: String,
+    pub(crate) ranks: Arc<[Rank]>,
+    pub(crate) group_rank: usize,
+    pub(crate) timeout: Duration,
+}
+
+impl Membership {
+    fn geometry(&self) -> Geometry {
+        Geometry::new(self.ranks.len())
+    }
+
+    fn endpoint(self, mapping: Arc<Mapping>, watch: Arc<Watch>) -> Result<Endpoint> {
+        let Membership { group, ranks, group_rank, timeout } = self;
+        let (name, rank) = (group.clone(), ranks[group_rank]);
+        Endpoint::new(group, ranks, group_rank, timeout, mapping, watch).ok_or_else(|| {
+            Error::InvalidArgument {
+                op: "joining a group",
+                what: format!("rank {rank} of group {name}"),
+                expected: "each rank to join once".into(),
+                got: "a second one".into(),
+            }
+        })
+    }
+}
+
+impl LocalWorld {
+    /// Joins the world as a process.
+    ///
+    /// # Errors
+    /// `Timeout` naming who is missing, `PeerLost`, `Store`, `Backend`.
+    pub(crate) fn join(store: &dyn Store, world: Membership) -> Result<(LocalWorld, Endpoint)> {
+        let rank = world.ranks[world.group_rank];
+        let (mapping, pidfds) = rendezvous::join(store, &world)?;
+        let watch = Arc::new(Watch::new(Arc::clone(&mapping), rank, pidfds));
+        let endpoint = world.endpoint(mapping, Arc::clone(&watch))?;
+        Ok((LocalWorld { watch, home: Home::Processes }, endpoint))
+    }
+
+    /// A world whose ranks are threads of this process, one entry a rank.
+    pub(crate) fn threads(worlds: Vec<Membership>) -> Result<Vec<(LocalWorld, Endpoint)>> {
+        let mapping = anonymous(Geometry::new(worlds.len()))?;
+        let segments = Arc::new(Mutex::new(HashMap::new()));
+        let join = |world: Membership| {
+            let watch = Arc::new(Watch::new(Arc::clone(&mapping), world.ranks[world.group_rank], Vec::new()));
+            let endpoint = world.endpoint(Arc::clone(&mapping), Arc::clone(&watch))?;
+            Ok((LocalWorld { watch, home: Home::Threads(Arc::clone(&segments)) }, endpoint))
+        };
+        worlds.into_iter().map(join).collect()
+    }
+
+    /// What the leader of a new group does before the others hear of it; `None` if nothing is needed.
+    pub(crate) fn offer(&self) -> Result<Option<Offer>> {
+        match self.home {
+            Home::Threads(_) => Ok(None),
+            Home::Processes => Offer::open().map(Some),
+        }
+    }
+
+    /// Joins a group of this world. The leader passes its offer, all others its address.
+    ///
+    /// # Errors
+    /// `Timeout` on the leader, naming who is missing; `PeerLost`, `Backend`.
+    pub(crate) fn group(&self, group: Membership, offer: Option<Offer>, address: &str) -> Result<Endpoint> {
+        let mapping = match (&self.home, offer) {
+            (Home::Threads(segments), _) => shared(segments, &group)?,
+            (Home::Processes, Some(offer)) => rendezvous::lead(&offer, &group, &self.watch)?,
+            (Home::Processes, None) => rendezvous::follow(address, &group, &self.watch)?,
+        };
+        group.endpoint(mapping, Arc::clone(&self.watch))
+    }
+}
+
+impl Drop for LocalWorld {
+    fn drop(&mut self) {
+        self.watch.leave(std::thread::panicking());
+    }
+}
+
+/// The segment of `group` in this process, made by whoever asks first.
+fn shared(segments: &Mutex<HashMap<String, Arc<Mapping>>>, group: &Membership) -> Result<Arc<Mapping>> {
+    let mut segments = segments.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(mapping) = segments.get(&group.group) {
+        return Ok(Arc::clone(mapping));
+    }
+    let mapping = anonymous(group.geometry())?;
+    segments.insert(group.group.clone(), Arc::clone(&mapping));
+    Ok(mapping)
+}
+
+fn anonymous(geometry: Geometry) -> Result<Arc<Mapping>> {
+    Mapping::anonymous(geometry).map(Arc::new).map_err(|errno| system("mmap", errno))
+}
+
+/// A system call's failure.
+fn system(call: &str, cause: impl std::fmt::Display) -> Error {
+    Error::Backend { backend: "local", call: call.into(), cause: cause.to_string() }
+}
+
+impl Backend for Endpoint {
+    fn barrier(&self) -> Result<()> {
+        self.run(Fingerprint::barrier, |x| x.cross())
+    }
+
+    fn broadcast(&self, call: Call, buffer: &mut [u8], root: GroupRank) -> Result<()> {
+        let bytes = buffer.len();
+        self.run(
+            |seq| Fingerprint::new(seq, call, bytes).with_root(root),
+            |x| rounds::broadcast(x, buffer, root.0),
+        )
+    }
+
+    fn all_reduce(&self, call: Call, buffer: &mut [u8], op: ReduceOp) -> Result<()> {
+        let bytes = buffer.len();
+        self.run(
+            |seq| Fingerprint::new(seq, call, bytes).with_op(op),
+            |x| rounds::all_reduce(x, buffer, call.dtype, op),
+        )
+    }
+
+    fn all_gather(&self, call: Call, input: &[u8], counts: &[usize], output: &mut [&mut [u8]]) -> Result<()> {
+        self.run(
+            |seq| Fingerprint::counted(seq, call, counts),
+            |x| rounds::all_gather(x, input, counts, output),
+        )
+    }
+
+    fn reduce_scatter(
+        &self,
+        call: Call,
+        op: ReduceOp,
+        input: &[&[u8]],
+        counts: &[usize],
+        output: &mut [u8],
+    ) -> Result<()> {
+        self.run(
+            |seq| Fingerprint::counted(seq, call, counts).with_op(op),
+            |x| rounds::reduce_scatter(x, (call.dtype, op), input, counts, output),
+        )
+    }
+
+    fn all_to_all(
+        &self,
+        call: Call,
+        input: &[u8],
+        send: &[usize],
+        output: &mut [u8],
+        receive: &[usize],
+    ) -> Result<()> {
+        let even = call.name == CallName::AllToAll;
+        let bytes = if even { send[self.me] } else { 0 };
+        self.run(
+            |seq| Fingerprint::new(seq, call, bytes),
+            |x| {
+                let (x, longest) = if even { (x, bytes) } else { rounds::agree_on_counts(x, send, receive)? };
+                rounds::all_to_all(x, input, send, output, receive, longest)
+            },
+        )
+    }
+
+    fn abort(&self) {
+        Endpoint::abort(self);
+    }
+
+    fn failure(&self) -> Option<Error> {
+        Endpoint::failure(self)
+    }
+}

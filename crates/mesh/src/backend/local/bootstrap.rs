@@ -1,0 +1,203 @@
+//! How the processes of a group come to map the same segment: one offers it, the others fetch it.
+//!
+//! ```text
+//! leader                                            member
+//! listens on an abstract Unix socket
+//! address (name and token), by store or group  ──▶  connects
+//!                                              ◀──  token, group rank [, pidfd]
+//! checks uid, token, rank; when all are there  ──▶  segment [, all pidfds]
+//! ```
+//!
+//! Abstract sockets and memfds have no name in any file system: nothing is left after a crash.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+use super::fds::{receive_fds, send_fds};
+use super::liveness::Watch;
+use super::system;
+use crate::{Error, Rank};
+
+/// Hexadecimal digits of a token: 128 bits.
+const TOKEN_LEN: usize = 32;
+const HELLO_LEN: usize = TOKEN_LEN + 4;
+const SLICE: Duration = Duration::from_millis(20);
+
+/// Why a rendezvous ended early. The caller knows the ranks and the names for an [`Error`].
+pub(super) enum Stop {
+    /// The deadline passed.
+    Deadline,
+    /// A rank of the world was lost meanwhile.
+    Lost(Rank),
+    /// The leader went away.
+    Closed,
+    /// A system call failed.
+    System(Error),
+}
+
+/// How long to wait, and whom to watch meanwhile.
+pub(super) struct Patience<'a> {
+    pub(super) deadline: Option<Instant>,
+    pub(super) watch: Option<&'a Watch>,
+}
+
+impl Patience<'_> {
+    /// Time until the deadline.
+    pub(super) fn left(&self) -> Duration {
+        self.deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// Waits until `fd` can be read.
+    fn readable(&self, fd: &impl AsFd) -> Result<(), Stop> {
+        loop {
+            if let Some(rank) = self.watch.and_then(Watch::look) {
+                return Err(Stop::Lost(rank));
+            }
+            let left = self.left();
+            let slice = Timespec { tv_sec: 0, tv_nsec: left.min(SLICE).subsec_nanos().into() };
+            match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&slice)) {
+                Ok(0) | Err(Errno::INTR) if left.is_zero() => return Err(Stop::Deadline),
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => return Ok(()),
+                Err(errno) => return Err(Stop::System(system("poll", errno))),
+            }
+        }
+    }
+}
+
+/// The leader's open door.
+pub(crate) struct Offer {
+    listener: UnixListener,
+    name: String,
+    token: String,
+}
+
+/// A member that has come in.
+pub(super) struct Guest {
+    pub(super) group_rank: usize,
+    pub(super) fds: Vec<OwnedFd>,
+    stream: UnixStream,
+}
+
+impl Offer {
+    pub(super) fn open() -> Result<Self, Error> {
+        let name = format!("sconce-mesh-{}", random_hex()?);
+        let token = random_hex()?;
+        let address = SocketAddr::from_abstract_name(&name).map_err(|error| system("socket name", error))?;
+        let listener = UnixListener::bind_addr(&address).map_err(|error| system("bind", error))?;
+        listener.set_nonblocking(true).map_err(|error| system("listen", error))?;
+        Ok(Offer { listener, name, token })
+    }
+
+    /// What members need to find the door and to be let in.
+    pub(crate) fn address(&self) -> String {
+        format!("{} {}", self.name, self.token)
+    }
+
+    /// Waits for group ranks 1 to `group_size` − 1 and appends them to `guests`, in order of arrival.
+    pub(super) fn admit(
+        &self,
+        group_size: usize,
+        patience: &Patience<'_>,
+        guests: &mut Vec<Guest>,
+    ) -> Result<(), Stop> {
+        while guests.len() + 1 < group_size {
+            patience.readable(&self.listener)?;
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if is_passing(&error) => continue,
+                Err(error) => return Err(Stop::System(system("accept", error))),
+            };
+            // Who does not prove to be a member is sent away; the members are still to come.
+            let Some(guest) = self.greet(stream, patience)? else { continue };
+            let expected = (1..group_size).contains(&guest.group_rank);
+            if expected && guests.iter().all(|other| other.group_rank != guest.group_rank) {
+                guests.push(guest);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the hello of one connection; `None` if it is no member's.
+    fn greet(&self, stream: UnixStream, patience: &Patience<'_>) -> Result<Option<Guest>, Stop> {
+        let peer = rustix::net::sockopt::socket_peercred(&stream);
+        if peer.map(|peer| peer.uid) != Ok(rustix::process::geteuid()) {
+            return Ok(None);
+        }
+        let (mut hello, mut filled, mut fds) = ([0; HELLO_LEN], 0, Vec::new());
+        while filled < HELLO_LEN {
+            patience.readable(&stream)?;
+            match receive_fds(&stream, &mut hello[filled..], &mut fds) {
+                Ok(0) | Err(_) => return Ok(None),
+                Ok(len) => filled += len,
+            }
+        }
+        let (token, rank) = hello.split_at(TOKEN_LEN);
+        let group_rank = rank.iter().rev().fold(0, |rank, byte| rank << 8 | usize::from(*byte));
+        Ok((token == self.token.as_bytes()).then_some(Guest { group_rank, fds, stream }))
+    }
+}
+
+impl Guest {
+    /// Hands the group's file descriptors over. A guest that is gone by now is its watchers' matter.
+    pub(super) fn give(&self, fds: &[impl AsFd]) {
+        let _gone = send_fds(&self.stream, b"F", fds);
+    }
+}
+
+/// A member's side: goes to `address`, gives `own` and waits for `expected` file descriptors.
+pub(super) fn fetch(
+    address: &str,
+    group_rank: usize,
+    own: &[impl AsFd],
+    expected: usize,
+    patience: &Patience<'_>,
+) -> Result<Vec<OwnedFd>, Stop> {
+    let (name, token) = address.split_once(' ').unwrap_or((address, ""));
+    let address =
+        SocketAddr::from_abstract_name(name).map_err(|error| Stop::System(system("socket name", error)))?;
+    let stream = UnixStream::connect_addr(&address).map_err(|_| Stop::Closed)?;
+    let hello = [token.as_bytes(), &(group_rank as u32).to_le_bytes()].concat();
+    let sent = if own.is_empty() {
+        (&stream).write_all(&hello).is_ok()
+    } else {
+        send_fds(&stream, &hello, own).is_ok()
+    };
+    if !sent {
+        return Err(Stop::Closed);
+    }
+    let mut fds = Vec::new();
+    while fds.len() < expected {
+        patience.readable(&stream)?;
+        match receive_fds(&stream, &mut [0; 1], &mut fds) {
+            Ok(0) | Err(_) => return Err(Stop::Closed),
+            Ok(_) => {}
+        }
+    }
+    Ok(fds)
+}
+
+/// Whether accepting may succeed at the next try: the one who knocked has gone again.
+fn is_passing(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind;
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted | ErrorKind::ConnectionAborted)
+}
+
+/// 128 bits from the kernel's generator, in hexadecimal.
+fn random_hex() -> Result<String, Error> {
+    let mut bytes = [0; TOKEN_LEN / 2];
+    let flags = rustix::rand::GetRandomFlags::empty();
+    rustix::rand::getrandom(&mut bytes, flags).map_err(|errno| system("getrandom", errno))?;
+    Ok(bytes.iter().fold(String::new(), |mut hex, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    }))
+}

@@ -1,0 +1,174 @@
+//! Rendezvous: the world's by store, a group's by its parent; both end in a mapping and in errors that name ranks.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use rustix::process::{PidfdFlags, getpid, pidfd_open};
+
+use super::bootstrap::{Guest, Offer, Patience, Stop, fetch};
+use super::ffi::Mapping;
+use super::liveness::Watch;
+use super::{Membership, memfd, system};
+use crate::{Error, Rank, Result, Store};
+
+/// Maps the world's segment and gathers one pidfd for each rank, in rank order.
+///
+/// Every rank holds as many file descriptors as the world has ranks.
+///
+/// # Errors
+/// `Timeout`, `PeerLost` if the leader went away, `Store`, `Backend`.
+pub(super) fn join(store: &dyn Store, world: &Membership) -> Result<(Arc<Mapping>, Vec<OwnedFd>)> {
+    let roll = Roll { store, world, prefix: prefix(store, world)?, started: Instant::now() };
+    roll.sign()?;
+    let own = pidfd_open(getpid(), PidfdFlags::empty()).map_err(|errno| system("pidfd_open", errno))?;
+    if world.group_rank == 0 { roll.lead(own) } else { roll.follow(own) }
+}
+
+/// Where this world's keys lie: worlds made one after the other from one store do not meet.
+fn prefix(store: &dyn Store, world: &Membership) -> Result<String> {
+    let n_worlds = store.add(&format!("sconce/{}/joins/{}", world.group, world.group_rank), 1)?;
+    Ok(format!("sconce/{}/{n_worlds}", world.group))
+}
+
+/// The store's side of a world's rendezvous: each rank signs when it comes.
+struct Roll<'a> {
+    store: &'a dyn Store,
+    world: &'a Membership,
+    prefix: String,
+    started: Instant,
+}
+
+impl Roll<'_> {
+    fn sign(&self) -> Result<()> {
+        self.store.set(&self.signature(self.world.group_rank), b"here")
+    }
+
+    fn signature(&self, group_rank: usize) -> String {
+        format!("{}/here/{group_rank}", self.prefix)
+    }
+
+    fn leader_key(&self) -> String {
+        format!("{}/leader", self.prefix)
+    }
+
+    fn patience(&self) -> Patience<'_> {
+        Patience { deadline: self.started.checked_add(self.world.timeout), watch: None }
+    }
+
+    fn lead(&self, own: OwnedFd) -> Result<(Arc<Mapping>, Vec<OwnedFd>)> {
+        let (fd, mapping) = memfd::create(self.world.geometry())?;
+        let offer = Offer::open()?;
+        self.store.set(&self.leader_key(), offer.address().as_bytes())?;
+        let mut guests = Vec::new();
+        let admitted = offer.admit(self.world.ranks.len(), &self.patience(), &mut guests);
+        admitted.map_err(|stop| stopped(stop, self.world, present(self.world, &guests)))?;
+        guests.sort_by_key(|guest| guest.group_rank);
+
+        let pidfds =
+            |guest: &Guest| guest.fds.first().map(AsFd::as_fd).unwrap_or(own.as_fd()).try_clone_to_owned();
+        let theirs: std::io::Result<Vec<OwnedFd>> = guests.iter().map(pidfds).collect();
+        let theirs = theirs.map_err(|error| system("dup", error))?;
+        let all: Vec<OwnedFd> = std::iter::once(own).chain(theirs).collect();
+        let given: Vec<BorrowedFd<'_>> = std::iter::once(&fd).chain(&all).map(AsFd::as_fd).collect();
+        guests.iter().for_each(|guest| guest.give(&given));
+        Ok((Arc::new(mapping), all))
+    }
+
+    fn follow(&self, own: OwnedFd) -> Result<(Arc<Mapping>, Vec<OwnedFd>)> {
+        let patience = self.patience();
+        let address = self.store.get(&self.leader_key(), patience.left());
+        let address = address.map_err(|error| if self.is_late() { self.late() } else { error })?;
+        let address = String::from_utf8_lossy(&address);
+        let n_fds = self.world.ranks.len() + 1;
+        let fds = fetch(&address, self.world.group_rank, &[own], n_fds, &patience);
+        let mut fds = fds.map_err(|stop| self.stopped(stop))?.into_iter();
+        let segment = fds.next().ok_or_else(|| system("recvmsg", "no segment"))?;
+        Ok((Arc::new(memfd::open(&segment, self.world.geometry())?), fds.collect()))
+    }
+
+    /// A member's error: if the leader gave up because ranks are missing, it is those that matter.
+    fn stopped(&self, stop: Stop) -> Error {
+        match stop {
+            Stop::Deadline => self.late(),
+            Stop::Closed if self.signed().contains(&false) => self.late(),
+            stop => stopped(stop, self.world, Vec::new()),
+        }
+    }
+
+    fn is_late(&self) -> bool {
+        // Stores count their deadlines in their own ways.
+        self.started.elapsed() + std::time::Duration::from_millis(20) >= self.world.timeout
+    }
+
+    fn late(&self) -> Error {
+        timeout(self.world, self.signed())
+    }
+
+    /// Who has signed. An absent key counts as empty, so asking does not wait.
+    fn signed(&self) -> Vec<bool> {
+        let signed =
+            |g| self.store.compare_set(&self.signature(g), b"", b"").is_ok_and(|held| !held.is_empty());
+        (0..self.world.ranks.len()).map(signed).collect()
+    }
+}
+
+/// Makes a group's segment and hands it to the other members.
+pub(super) fn lead(offer: &Offer, group: &Membership, watch: &Watch) -> Result<Arc<Mapping>> {
+    let (fd, mapping) = memfd::create(group.geometry())?;
+    let mut guests = Vec::new();
+    let admitted = offer.admit(group.ranks.len(), &patience(group, watch), &mut guests);
+    admitted.map_err(|stop| stopped(stop, group, present(group, &guests)))?;
+    guests.iter().for_each(|guest| guest.give(&[&fd]));
+    Ok(Arc::new(mapping))
+}
+
+/// Fetches a group's segment from its leader.
+pub(super) fn follow(address: &str, group: &Membership, watch: &Watch) -> Result<Arc<Mapping>> {
+    let own: [OwnedFd; 0] = [];
+    let fds = fetch(address, group.group_rank, &own, 1, &patience(group, watch));
+    let fds = fds.map_err(|stop| {
+        // All that a member knows is itself and the leader, whose door was open.
+        let known = (0..group.ranks.len()).map(|g| g == 0 || g == group.group_rank).collect();
+        stopped(stop, group, known)
+    })?;
+    let segment = fds.first().ok_or_else(|| system("recvmsg", "no segment"))?;
+    Ok(Arc::new(memfd::open(segment, group.geometry())?))
+}
+
+fn patience<'a>(group: &Membership, watch: &'a Watch) -> Patience<'a> {
+    Patience { deadline: Instant::now().checked_add(group.timeout), watch: Some(watch) }
+}
+
+/// Which group ranks have come to the leader.
+fn present(group: &Membership, guests: &[Guest]) -> Vec<bool> {
+    (0..group.ranks.len()).map(|g| g == 0 || guests.iter().any(|guest| guest.group_rank == g)).collect()
+}
+
+fn stopped(stop: Stop, group: &Membership, present: Vec<bool>) -> Error {
+    match stop {
+        Stop::Deadline => timeout(group, present),
+        Stop::Lost(rank) => lost(group, rank),
+        Stop::Closed => lost(group, group.ranks[0]),
+        Stop::System(error) => error,
+    }
+}
+
+fn lost(group: &Membership, rank: Rank) -> Error {
+    let reporter = group.ranks[group.group_rank];
+    Error::PeerLost { group: group.group.clone(), rank, reporter, op: "rendezvous".into(), seq: 0 }
+}
+
+fn timeout(group: &Membership, present: Vec<bool>) -> Error {
+    let (arrived, missing): (Vec<_>, Vec<_>) =
+        group.ranks.iter().zip(present).partition(|(_, present)| *present);
+    let name = |ranks: Vec<(&Rank, bool)>| ranks.into_iter().map(|(rank, _)| *rank).collect();
+    Error::Timeout {
+        group: group.group.clone(),
+        op: "rendezvous".into(),
+        seq: 0,
+        timeout: group.timeout,
+        arrived: name(arrived),
+        missing: name(missing),
+    }
+}

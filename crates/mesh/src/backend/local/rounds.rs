@@ -1,0 +1,204 @@
+//! The collectives as rounds of an exchange: what each rank fills, and what it reads after the crossing.
+//!
+//! A round moves what fits in a half. Every function crosses at least one phase, also for empty buffers: there the
+//! ranks compare their calls.
+
+use super::exchange::Exchange;
+use super::reduce::reduce;
+use super::segment::DATA_BYTES;
+use crate::backend::pieces::{Sink, Source, offsets};
+use crate::{DType, ReduceOp, Result};
+
+/// Longest all_reduce in which every rank reduces everything after one crossing instead of two.
+const ONE_CROSSING: usize = 32 << 10;
+
+/// Sections and regions start on a cache line.
+const LINE: usize = 64;
+
+pub(super) fn broadcast<'a>(mut x: Exchange<'a>, buffer: &mut [u8], root: usize) -> Result<Exchange<'a>> {
+    for round in 0..rounds(buffer.len(), DATA_BYTES) {
+        let chunk = part(buffer.len(), DATA_BYTES, round);
+        if x.me() == root {
+            x.fill()[..chunk.len()].copy_from_slice(&buffer[chunk]);
+            x = x.cross()?;
+        } else {
+            x = x.cross()?;
+            buffer[chunk.clone()].copy_from_slice(&x.peer(root)[..chunk.len()]);
+        }
+    }
+    Ok(x)
+}
+
+pub(super) fn all_reduce<'a>(
+    mut x: Exchange<'a>,
+    buffer: &mut [u8],
+    dtype: DType,
+    op: ReduceOp,
+) -> Result<Exchange<'a>> {
+    if buffer.len() <= ONE_CROSSING {
+        x.fill()[..buffer.len()].copy_from_slice(buffer);
+        x = x.cross()?;
+        let sources: Vec<&[u8]> = (0..x.ranks()).map(|g| &x.peer(g)[..buffer.len()]).collect();
+        reduce(dtype, op, &sources, buffer);
+        return Ok(x);
+    }
+    for chunk in buffer.chunks_mut(DATA_BYTES) {
+        x = all_reduce_chunk(x, chunk, dtype, op)?;
+    }
+    Ok(x)
+}
+
+/// Every rank reduces one section and passes it on to all.
+fn all_reduce_chunk<'a>(
+    mut x: Exchange<'a>,
+    chunk: &mut [u8],
+    dtype: DType,
+    op: ReduceOp,
+) -> Result<Exchange<'a>> {
+    let section_len = chunk.len().div_ceil(x.ranks()).next_multiple_of(LINE);
+    let section = |g: usize| part(chunk.len(), section_len, g);
+    let sections: Vec<_> = (0..x.ranks()).map(section).collect();
+    let (me, own) = (x.me(), sections[x.me()].clone());
+
+    let fill = x.fill();
+    fill[..own.start].copy_from_slice(&chunk[..own.start]);
+    fill[own.end..chunk.len()].copy_from_slice(&chunk[own.end..]);
+    x = x.cross()?;
+
+    let (peers, fill) = x.views();
+    let mut sources: Vec<&[u8]> = peers.into_iter().map(|peer| &peer[own.clone()]).collect();
+    sources[me] = &chunk[own.clone()];
+    reduce(dtype, op, &sources, &mut fill[own]);
+    x = x.cross()?;
+
+    for (g, section) in sections.into_iter().enumerate() {
+        chunk[section.clone()].copy_from_slice(&x.peer(g)[section]);
+    }
+    Ok(x)
+}
+
+pub(super) fn all_gather<'a>(
+    mut x: Exchange<'a>,
+    input: &[u8],
+    counts: &[usize],
+    output: &mut [&mut [u8]],
+) -> Result<Exchange<'a>> {
+    let (starts, mut output) = (offsets(counts), Sink::new(output));
+    for round in 0..rounds(longest(counts), DATA_BYTES) {
+        let own = part(input.len(), DATA_BYTES, round);
+        x.fill()[..own.len()].copy_from_slice(&input[own.clone()]);
+        x = x.cross()?;
+        output.write(starts[x.me()] + own.start, &input[own]);
+        for g in x.others() {
+            let chunk = part(counts[g], DATA_BYTES, round);
+            output.write(starts[g] + chunk.start, &x.peer(g)[..chunk.len()]);
+        }
+    }
+    Ok(x)
+}
+
+pub(super) fn reduce_scatter<'a>(
+    mut x: Exchange<'a>,
+    (dtype, op): (DType, ReduceOp),
+    input: &[&[u8]],
+    counts: &[usize],
+    output: &mut [u8],
+) -> Result<Exchange<'a>> {
+    let (starts, input, region) = (offsets(counts), Source::new(input), region_len(x.ranks()));
+    let (me, mut scratch) = (x.me(), Vec::new());
+    for round in 0..rounds(longest(counts), region) {
+        for g in x.others() {
+            let chunk = part(counts[g], region, round);
+            input.read(starts[g] + chunk.start, &mut x.fill()[g * region..][..chunk.len()]);
+        }
+        x = x.cross()?;
+        let chunk = part(output.len(), region, round);
+        let mut sources: Vec<&[u8]> =
+            (0..x.ranks()).map(|g| &x.peer(g)[me * region..][..chunk.len()]).collect();
+        sources[me] = own_part(&input, starts[me] + chunk.start, chunk.len(), &mut scratch);
+        reduce(dtype, op, &sources, &mut output[chunk]);
+    }
+    Ok(x)
+}
+
+/// The bytes from `offset` where they lie, or copied to `scratch` if they lie in several pieces.
+fn own_part<'a>(input: &Source<'a>, offset: usize, len: usize, scratch: &'a mut Vec<u64>) -> &'a [u8] {
+    if let Some(bytes) = input.contiguous(offset, len) {
+        return bytes;
+    }
+    scratch.resize(len.div_ceil(8), 0);
+    let bytes = &mut bytemuck::cast_slice_mut(scratch)[..len];
+    input.read(offset, bytes);
+    bytes
+}
+
+pub(super) fn all_to_all<'a>(
+    mut x: Exchange<'a>,
+    input: &[u8],
+    send: &[usize],
+    output: &mut [u8],
+    receive: &[usize],
+    longest: usize,
+) -> Result<Exchange<'a>> {
+    let (from, to, region) = (offsets(send), offsets(receive), region_len(x.ranks()));
+    let me = x.me();
+    output[to[me]..][..receive[me]].copy_from_slice(&input[from[me]..][..send[me]]);
+    for round in 0..rounds(longest, region) {
+        for g in x.others() {
+            let chunk = part(send[g], region, round);
+            x.fill()[g * region..][..chunk.len()].copy_from_slice(&input[from[g]..][chunk]);
+        }
+        x = x.cross()?;
+        for g in x.others() {
+            let chunk = part(receive[g], region, round);
+            output[to[g]..][chunk.clone()].copy_from_slice(&x.peer(g)[me * region..][..chunk.len()]);
+        }
+    }
+    Ok(x)
+}
+
+/// Publishes what each rank sends and expects, and checks that they agree; returns the longest part of any pair.
+///
+/// # Errors
+/// `Mismatch`, naming the first pair that disagrees.
+pub(super) fn agree_on_counts<'a>(
+    mut x: Exchange<'a>,
+    send: &[usize],
+    receive: &[usize],
+) -> Result<(Exchange<'a>, usize)> {
+    let counts: Vec<u64> = send.iter().chain(receive).map(|count| *count as u64).collect();
+    x.fill()[..counts.len() * 8].copy_from_slice(bytemuck::cast_slice(&counts));
+    x = x.cross()?;
+    let count = |g: usize, at: usize| bytemuck::cast_slice::<u8, u64>(&x.peer(g)[..16 * x.ranks()])[at];
+    let mut longest = 0;
+    for (from, to) in (0..x.ranks()).flat_map(|from| (0..x.ranks()).map(move |to| (from, to))) {
+        let (sent, expected) = (count(from, to), count(to, x.ranks() + from));
+        if sent != expected {
+            let sender = format!("all_to_all_uneven sending {sent} bytes to group rank {to}");
+            let receiver = format!("all_to_all_uneven expecting {expected} bytes from group rank {from}");
+            return Err(x.mismatch(from, sender, to, receiver));
+        }
+        longest = longest.max(sent as usize);
+    }
+    Ok((x, longest))
+}
+
+/// Rounds that it takes to move `len` bytes; at least one.
+fn rounds(len: usize, per_round: usize) -> usize {
+    len.div_ceil(per_round).max(1)
+}
+
+/// The `index`-th part of `len` bytes cut into pieces of `part_len`; empty past the end.
+fn part(len: usize, part_len: usize, index: usize) -> std::ops::Range<usize> {
+    let start = (index * part_len).min(len);
+    start..(start + part_len).min(len)
+}
+
+fn longest(counts: &[usize]) -> usize {
+    counts.iter().copied().max().unwrap_or(0)
+}
+
+/// Bytes of a half for each of `ranks` destinations.
+fn region_len(ranks: usize) -> usize {
+    DATA_BYTES / ranks / LINE * LINE
+}

@@ -1,0 +1,108 @@
+//! Meshes on thread ranks: groups, sub-meshes, equality and the picture.
+
+use super::*;
+use crate::{GroupOptions, ReduceOp};
+
+const HSDP: [&str; 2] = ["replicate", "shard"];
+
+#[track_caller]
+fn run(world_size: usize, body: impl Fn(&ProcessGroup) + Sync) {
+    let groups = ProcessGroup::threads(world_size, GroupOptions::default()).unwrap();
+    std::thread::scope(|scope| {
+        for group in groups {
+            let body = &body;
+            scope.spawn(move || body(&group));
+        }
+    });
+}
+
+fn mesh(world: &ProcessGroup, shape: &[usize], names: &[&str]) -> DeviceMesh {
+    DeviceMesh::new(world, DeviceType::Cpu, shape, names).unwrap()
+}
+
+fn ranks<const N: usize>(ranks: [usize; N]) -> [Rank; N] {
+    ranks.map(Rank)
+}
+
+#[test]
+fn a_2x2_mesh_has_rows_columns_and_the_world() {
+    run(4, |world| {
+        let mesh = mesh(world, &[2, 2], &HSDP);
+        let me = world.rank().0;
+        assert_eq!(mesh.coordinate(), Some(&[me / 2, me % 2][..]));
+        assert_eq!(mesh.group(0).unwrap().ranks(), ranks([me % 2, me % 2 + 2]));
+        assert_eq!(mesh.group_by_name("shard").unwrap().ranks(), ranks([me / 2 * 2, me / 2 * 2 + 1]));
+        assert!(mesh.mesh_group().same_group(world));
+        let mut sum = [me as f32];
+        mesh.group(1).unwrap().all_reduce(&mut sum, ReduceOp::Sum).unwrap();
+        mesh.group(0).unwrap().all_reduce(&mut sum, ReduceOp::Sum).unwrap();
+        assert_eq!(sum, [6.0]);
+    });
+}
+
+#[test]
+fn equal_meshes_share_their_groups() {
+    run(4, |world| {
+        let first = mesh(world, &[2, 2], &HSDP);
+        let second = mesh(world, &[2, 2], &HSDP);
+        assert_eq!(first, second);
+        assert_eq!(first, first.clone());
+        assert!((0..2).all(|dim| first.group(dim).unwrap().same_group(second.group(dim).unwrap())));
+        assert_ne!(first, mesh(world, &[4, 1], &HSDP));
+        assert_ne!(first, mesh(world, &[2, 2], &[]));
+        assert_ne!(first, DeviceMesh::new(world, DeviceType::Cuda, &[2, 2], &HSDP).unwrap());
+    });
+}
+
+#[test]
+fn a_submesh_keeps_the_requested_order_and_holds_the_caller() {
+    run(8, |world| {
+        let mesh = mesh(world, &[2, 2, 2], &["pp", "dp", "tp"]);
+        let me = world.rank().0;
+        let tp_dp = mesh.submesh(&["tp", "dp"]).unwrap();
+        assert_eq!((tp_dp.shape(), tp_dp.dim_names()), (&[2, 2][..], &["tp".to_string(), "dp".into()][..]));
+        let base = me / 4 * 4;
+        assert_eq!(tp_dp.ranks(), ranks([base, base + 2, base + 1, base + 3]));
+        assert_eq!(tp_dp.coordinate(), Some(&[me % 2, me / 2 % 2][..]));
+        assert!(tp_dp.group(0).unwrap().same_group(mesh.group_by_name("tp").unwrap()));
+        assert_eq!(tp_dp.mesh_group().ranks(), tp_dp.ranks());
+
+        let dp = mesh.submesh(&["dp"]).unwrap();
+        assert!(dp.mesh_group().same_group(mesh.group(1).unwrap()));
+        assert_eq!(mesh.submesh(&["pp", "dp", "tp"]).unwrap(), mesh);
+        assert_eq!(mesh.coordinate_of(Rank(6)), Some(vec![1, 1, 0]));
+        assert_eq!(mesh.coordinate_of(Rank(8)), None);
+    });
+}
+
+#[test]
+fn shapes_and_names_that_do_not_fit_are_refused() {
+    let single = ProcessGroup::single();
+    let refused: [(&[usize], &[&str]); 6] = [
+        (&[2], &[]),
+        (&[0], &[]),
+        (&[usize::MAX, 2], &[]),
+        (&[1, 1], &["a"]),
+        (&[1, 1], &["a", "a"]),
+        (&[1], &["a", "b"]),
+    ];
+    for (shape, names) in refused {
+        let result = DeviceMesh::new(&single, DeviceType::Cpu, shape, names);
+        assert!(matches!(result, Err(Error::InvalidArgument { .. })), "{shape:?} {names:?}");
+    }
+    let text = DeviceMesh::new(&single, DeviceType::Cpu, &[2, 3], &[]).unwrap_err().to_string();
+    assert_eq!(text, "device mesh: shape: expected 1 ranks in all, got 2 x 3 = 6");
+    let mesh = mesh(&single, &[1, 1], &["a", "b"]);
+    assert!(mesh.group(2).is_err() && mesh.group_by_name("c").is_err());
+    assert!(mesh.submesh(&[]).is_err() && mesh.submesh(&["a", "a"]).is_err());
+}
+
+#[test]
+fn the_picture_says_who_is_where() {
+    run(6, |world| {
+        let text = mesh(world, &[2, 3], &HSDP).to_string();
+        assert_eq!(text, "DeviceMesh(cpu, replicate=2, shard=3)\n  replicate=0: 0 1 2\n  replicate=1: 3 4 5");
+        assert_eq!(mesh(world, &[6], &[]).to_string(), "DeviceMesh(cpu, dim0=6)\n  0 1 2 3 4 5");
+    });
+    assert_eq!(mesh(&ProcessGroup::single(), &[], &[]).to_string(), "DeviceMesh(cpu)\n  0");
+}

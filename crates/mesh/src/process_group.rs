@@ -1,0 +1,375 @@
+//! ProcessGroup: the handle with which one rank talks to the other ranks of a group.
+//!
+//! Here: how groups come to be and what they are. What they do is in `collective.rs`.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::backend::local::{Endpoint, LocalWorld, Membership};
+use crate::backend::solo::Solo;
+use crate::backend::{Backend, CallName};
+use crate::{Error, GroupRank, Rank, Result, Store};
+
+/// How a world's groups behave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GroupOptions {
+    /// How long a collective, or joining a group, may take before it fails with `Timeout`.
+    pub timeout: Duration,
+}
+
+impl Default for GroupOptions {
+    /// Five minutes, as torch's `default_pg_timeout` for NCCL is ten and its watchdog dumps after five.
+    fn default() -> Self {
+        GroupOptions { timeout: Duration::from_secs(300) }
+    }
+}
+
+/// One rank's handle of a group of ranks.
+///
+/// Collectives are called by all ranks of the group in the same order. A clone is the same handle; it may be used
+/// from any thread, one collective at a time.
+///
+/// A rank leaves its world when the last handle of any of the world's groups is dropped. Collectives that still
+/// need it then fail with `PeerLost`; those that it has finished its part of do not.
+///
+/// # Source
+/// `torch.distributed.ProcessGroup`. Groups are made from a partition of ranks at once, not one list at a time,
+/// so that all ranks of the parent call together.
+#[derive(Clone)]
+pub struct ProcessGroup {
+    group: Arc<Group>,
+    world: Arc<World>,
+}
+
+/// One group as one rank sees it. It does not refer to the world, which holds it.
+struct Group {
+    name: String,
+    ranks: Arc<[Rank]>,
+    group_rank: GroupRank,
+    backend: Box<dyn Backend>,
+}
+
+/// What all groups of one rank's world share.
+struct World {
+    size: usize,
+    options: GroupOptions,
+    /// Absent in a world of one.
+    local: Option<LocalWorld>,
+    /// Every group made so far. A group lives as long as the world, so that all ranks agree on whether it exists.
+    groups: Mutex<HashMap<Arc<[Rank]>, Arc<Group>>>,
+}
+
+impl ProcessGroup {
+    /// Joins the world of `world_size` processes on this host as `rank`.
+    ///
+    /// Ranks:  collective; every rank of the world calls it with the same store and options.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if `rank` is not below `world_size`, or another process joined as `rank`; `Timeout`
+    /// naming the ranks that did not come within `options.timeout`; `PeerLost` if rank 0 died meanwhile; `Store`;
+    /// `Backend` if a system call fails.
+    ///
+    /// # Source
+    /// `torch.distributed.init_process_group(store=…, rank=…, world_size=…)`.
+    pub fn new(
+        store: Arc<dyn Store>,
+        rank: Rank,
+        world_size: usize,
+        options: GroupOptions,
+    ) -> Result<ProcessGroup> {
+        check_rank(rank, world_size)?;
+        if world_size == 1 {
+            return Ok(Self::solo(options));
+        }
+        let (local, endpoint) = LocalWorld::join(&*store, membership(rank, world_size, options))?;
+        Ok(Self::of_world(local, endpoint, world_size, options))
+    }
+
+    /// A world of `world_size` ranks in this process: one handle for each, to be moved to a thread of its own.
+    ///
+    /// Ranks:  called once, by no rank.
+    ///
+    /// ```
+    /// use sconce_mesh::{GroupOptions, ProcessGroup, ReduceOp};
+    ///
+    /// let groups = ProcessGroup::threads(2, GroupOptions::default())?;
+    /// let ranks = groups.into_iter().map(|group| {
+    ///     std::thread::spawn(move || {
+    ///         let mut sum = [1.0f32 + group.rank().0 as f32];
+    ///         group.all_reduce(&mut sum, ReduceOp::Sum).map(|()| sum)
+    ///     })
+    /// });
+    /// for rank in ranks.collect::<Vec<_>>() {
+    ///     assert_eq!(rank.join().unwrap()?, [3.0]);
+    /// }
+    /// # Ok::<(), sconce_mesh::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `InvalidArgument` if `world_size` is 0; `Backend` if memory cannot be mapped.
+    pub fn threads(world_size: usize, options: GroupOptions) -> Result<Vec<ProcessGroup>> {
+        check_rank(Rank(0), world_size)?;
+        if world_size == 1 {
+            return Ok(vec![Self::solo(options)]);
+        }
+        let worlds = (0..world_size).map(|rank| membership(Rank(rank), world_size, options)).collect();
+        let joined = LocalWorld::threads(worlds)?.into_iter();
+        Ok(joined.map(|(local, endpoint)| Self::of_world(local, endpoint, world_size, options)).collect())
+    }
+
+    /// A world of one: collectives are copies, and nothing is asked of the system.
+    pub fn single() -> ProcessGroup {
+        Self::solo(GroupOptions::default())
+    }
+
+    fn solo(options: GroupOptions) -> ProcessGroup {
+        let backend = Box::new(Solo::new("world".into(), Rank(0)));
+        let group =
+            Group { name: "world".into(), ranks: Arc::new([Rank(0)]), group_rank: GroupRank(0), backend };
+        Self::with_world(None, group, 1, options)
+    }
+
+    fn of_world(local: LocalWorld, endpoint: Endpoint, size: usize, options: GroupOptions) -> ProcessGroup {
+        Self::with_world(Some(local), Group::of_endpoint(endpoint), size, options)
+    }
+
+    fn with_world(
+        local: Option<LocalWorld>,
+        group: Group,
+        size: usize,
+        options: GroupOptions,
+    ) -> ProcessGroup {
+        let group = Arc::new(group);
+        let groups = Mutex::new(HashMap::from([(Arc::clone(&group.ranks), Arc::clone(&group))]));
+        ProcessGroup { group, world: Arc::new(World { size, options, local, groups }) }
+    }
+
+    /// This rank in the world.
+    pub fn rank(&self) -> Rank {
+        self.group.ranks[self.group.group_rank.0]
+    }
+
+    /// This rank in the group.
+    pub fn group_rank(&self) -> GroupRank {
+        self.group.group_rank
+    }
+
+    /// Number of ranks in the group.
+    pub fn size(&self) -> usize {
+        self.group.ranks.len()
+    }
+
+    /// Number of ranks in the world.
+    pub fn world_size(&self) -> usize {
+        self.world.size
+    }
+
+    /// The group's ranks in the world, in group-rank order.
+    pub fn ranks(&self) -> &[Rank] {
+        &self.group.ranks
+    }
+
+    /// The group's name in messages; unique in its world.
+    pub fn name(&self) -> &str {
+        &self.group.name
+    }
+
+    /// The deadline of each collective.
+    pub fn timeout(&self) -> Duration {
+        self.world.options.timeout
+    }
+
+    /// Whether both handles are of one group, as one rank sees it.
+    pub fn same_group(&self, other: &ProcessGroup) -> bool {
+        Arc::ptr_eq(&self.group, &other.group)
+    }
+
+    /// Fails the group on every rank with `Aborted` naming this one; pending collectives return as well.
+    ///
+    /// For a rank that cannot go on and must not let the others wait for the deadline.
+    /// Ranks:  local, no communication.
+    pub fn abort(&self) {
+        self.group.backend.abort();
+    }
+
+    /// Why the group failed, if it did: what every later collective on it returns.
+    pub fn failure(&self) -> Option<Error> {
+        self.group.backend.failure()
+    }
+
+    /// Makes the groups of `partition`, disjoint lists of ranks in group-rank order, and returns the one that holds
+    /// this rank, or `None`.
+    ///
+    /// A list that was used before, of whatever parent, gives the same group again.
+    /// Ranks:  collective over this group; every rank passes the same lists.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if a list is empty, a rank occurs twice or is not of this group; `Mismatch` if ranks pass
+    /// different lists; as a collective, `PeerLost` and `Timeout`.
+    pub fn subgroups(&self, partition: &[Vec<Rank>]) -> Result<Option<ProcessGroup>> {
+        self.check_partition(partition)?;
+        let ranks: Option<Arc<[Rank]>> =
+            partition.iter().find(|ranks| ranks.contains(&self.rank())).map(|ranks| ranks[..].into());
+        let known = ranks.as_ref().and_then(|ranks| self.world.find(ranks));
+        let leads = ranks.as_ref().is_some_and(|ranks| ranks.len() > 1 && ranks[0] == self.rank());
+        let offer = match &self.world.local {
+            Some(local) if leads && known.is_none() => local.offer()?,
+            _ => None,
+        };
+        let address = offer.as_ref().map_or(String::new(), |offer| offer.address());
+        let addresses = self.agree_on_partition(partition, &address)?;
+        let (Some(ranks), None) = (ranks, &known) else {
+            return Ok(known.map(|group| self.sibling(group)));
+        };
+        let leader = addresses.get(self.position(ranks[0])).map_or("", String::as_str);
+        let group = Arc::new(self.world.open(self.rank(), ranks, offer, leader)?);
+        self.world.keep(Arc::clone(&group));
+        Ok(Some(self.sibling(group)))
+    }
+
+    fn sibling(&self, group: Arc<Group>) -> ProcessGroup {
+        ProcessGroup { group, world: Arc::clone(&self.world) }
+    }
+
+    /// Group rank of a rank of this group.
+    fn position(&self, rank: Rank) -> usize {
+        self.group.ranks.iter().position(|other| *other == rank).unwrap_or(0)
+    }
+
+    fn check_partition(&self, partition: &[Vec<Rank>]) -> Result<()> {
+        let wrong = |expected: &str, got: String| Error::InvalidArgument {
+            op: "subgroups",
+            what: format!("partition of group {}", self.name()),
+            expected: expected.into(),
+            got,
+        };
+        let mut seen = std::collections::HashSet::new();
+        for ranks in partition {
+            if ranks.is_empty() {
+                return Err(wrong("lists of one rank or more", "an empty list".into()));
+            }
+            if let Some(rank) = ranks.iter().find(|rank| !self.ranks().contains(rank)) {
+                return Err(wrong("ranks of this group", format!("rank {rank}")));
+            }
+            if let Some(rank) = ranks.iter().find(|rank| !seen.insert(**rank)) {
+                return Err(wrong("each rank once at most", format!("rank {rank} twice")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares the partition with the other ranks', and exchanges the leaders' addresses on the way.
+    fn agree_on_partition(&self, partition: &[Vec<Rank>], address: &str) -> Result<Vec<String>> {
+        let lists: Vec<String> = partition.iter().map(|ranks| list(ranks)).collect();
+        let message = format!("{address}\n{}", lists.join(" "));
+        let messages = self.exchange_objects(CallName::Subgroups, message.as_bytes())?;
+        let messages: Vec<String> =
+            messages.iter().map(|message| String::from_utf8_lossy(message).into_owned()).collect();
+        let split = |message: &str| {
+            let (address, lists) = message.split_once('\n').unwrap_or((message, ""));
+            (address.to_owned(), lists.to_owned())
+        };
+        let (addresses, lists): (Vec<_>, Vec<_>) = messages.iter().map(|message| split(message)).unzip();
+        match lists.iter().position(|other| *other != lists[0]) {
+            None => Ok(addresses),
+            Some(other) => Err(Error::Mismatch {
+                group: self.name().into(),
+                seq: 0,
+                expected_rank: self.ranks()[0],
+                expected: format!("subgroups({})", lists[0]),
+                got_rank: self.ranks()[other],
+                got: format!("subgroups({})", lists[other]),
+            }),
+        }
+    }
+
+    pub(crate) fn backend(&self) -> &dyn Backend {
+        &*self.group.backend
+    }
+}
+
+impl fmt::Debug for ProcessGroup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ProcessGroup")
+            .field("name", &self.name())
+            .field("rank", &self.rank().0)
+            .field("ranks", &list(self.ranks()))
+            .finish()
+    }
+}
+
+impl Group {
+    fn of_endpoint(endpoint: Endpoint) -> Group {
+        Group {
+            name: endpoint.name().into(),
+            ranks: endpoint.ranks(),
+            group_rank: endpoint.group_rank(),
+            backend: Box::new(endpoint),
+        }
+    }
+}
+
+impl World {
+    fn find(&self, ranks: &[Rank]) -> Option<Arc<Group>> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner).get(ranks).cloned()
+    }
+
+    fn keep(&self, group: Arc<Group>) {
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        groups.insert(Arc::clone(&group.ranks), group);
+    }
+
+    /// Joins the other ranks of `ranks`, which are about to do the same.
+    fn open(
+        &self,
+        rank: Rank,
+        ranks: Arc<[Rank]>,
+        offer: Option<crate::backend::local::Offer>,
+        leader: &str,
+    ) -> Result<Group> {
+        let group = group_name(&ranks);
+        let group_rank = ranks.iter().position(|other| *other == rank).unwrap_or(0);
+        match &self.local {
+            Some(local) if ranks.len() > 1 => {
+                let timeout = self.options.timeout;
+                let joining = Membership { group, ranks, group_rank, timeout };
+                Ok(Group::of_endpoint(local.group(joining, offer, leader)?))
+            }
+            _ => {
+                let backend = Box::new(Solo::new(group.clone(), rank));
+                Ok(Group { name: group, ranks, group_rank: GroupRank(0), backend })
+            }
+        }
+    }
+}
+
+fn check_rank(rank: Rank, world_size: usize) -> Result<()> {
+    if rank.0 < world_size {
+        return Ok(());
+    }
+    Err(Error::InvalidArgument {
+        op: "joining the world",
+        what: "rank".into(),
+        expected: format!("a rank below the world size of {world_size}"),
+        got: rank.to_string(),
+    })
+}
+
+fn membership(rank: Rank, world_size: usize, options: GroupOptions) -> Membership {
+    let ranks = (0..world_size).map(Rank).collect();
+    Membership { group: "world".into(), ranks, group_rank: rank.0, timeout: options.timeout }
+}
+
+fn group_name(ranks: &[Rank]) -> String {
+    format!("world{}", list(ranks))
+}
+
+/// `[0, 2, 4]`.
+fn list(ranks: &[Rank]) -> String {
+    format!("{:?}", ranks.iter().map(|rank| rank.0).collect::<Vec<_>>())
+}
+
+#[cfg(test)]
+mod tests;

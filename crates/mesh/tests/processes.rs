@@ -1,0 +1,206 @@
+//! The local backend with ranks as processes: right answers, and right errors when processes die or stop.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use rustix::process::{Signal, kill_process};
+use sconce_mesh::{DeviceMesh, DeviceType, Error, GroupRank, ProcessGroup, Rank, ReduceOp};
+use support::{RankProcess, procs};
+
+const ALL: [usize; 4] = [0, 1, 2, 3];
+const LONG: Duration = Duration::from_secs(60);
+
+/// Repeats a collective until it fails. Tells the test once a few have succeeded.
+fn until_error(process: &RankProcess, mut call: impl FnMut() -> sconce_mesh::Result<()>) -> Error {
+    for step in 0.. {
+        if let Err(error) = call() {
+            return error;
+        }
+        if step == 3 {
+            process.signal(&format!("running/{}", process.rank));
+        }
+    }
+    unreachable!("the loop ends with an error")
+}
+
+fn lost_rank(error: &Error) -> Rank {
+    match error {
+        Error::PeerLost { rank, .. } => *rank,
+        other => panic!("{other}"),
+    }
+}
+
+fn all_reduce(group: &ProcessGroup, buffer: &mut [f32]) -> sconce_mesh::Result<()> {
+    group.all_reduce(buffer, ReduceOp::Max)
+}
+
+#[test]
+fn collectives_between_processes_are_right() {
+    let ranks = procs("collectives_between_processes_are_right", &ALL, |process| {
+        let world = process.join(4, LONG).unwrap();
+        let me = world.rank().0;
+        for len in [0, 1, 1000, 2_000_003] {
+            let mut sum: Vec<i64> = (0..len).map(|i| (i * (me + 1)) as i64).collect();
+            world.all_reduce(&mut sum, ReduceOp::Sum).unwrap();
+            assert!(sum.iter().enumerate().all(|(i, v)| *v == 10 * i as i64), "all_reduce of {len}");
+
+            let mut all = vec![0u32; 4 * len];
+            world.all_gather_into(&vec![me as u32; len], &mut all).unwrap();
+            assert!(all.iter().enumerate().all(|(i, v)| *v as usize == i / len), "all_gather of {len}");
+
+            let mut part = vec![0f32; len];
+            world.reduce_scatter(&vec![1f32; 4 * len], &mut part, ReduceOp::Sum).unwrap();
+            assert!(part.iter().all(|v| *v == 4.0), "reduce_scatter of {len}");
+        }
+        let mesh = DeviceMesh::new(&world, DeviceType::Cpu, &[2, 2], &["replicate", "shard"]).unwrap();
+        let row = mesh.group_by_name("shard").unwrap().all_gather_object(&[me as u8]).unwrap();
+        assert_eq!(row, [[me as u8 / 2 * 2], [me as u8 / 2 * 2 + 1]]);
+        let column = mesh.group(0).unwrap().broadcast_object(Some(&[me as u8]), GroupRank(1)).unwrap();
+        assert_eq!(column, [me as u8 % 2 + 2]);
+    });
+    if let Some(mut ranks) = ranks {
+        ranks.assert_success(&ALL);
+    }
+}
+
+#[test]
+fn two_worlds_of_one_store_do_not_meet() {
+    let ranks = procs("two_worlds_of_one_store_do_not_meet", &[0, 1], |process| {
+        let first = process.join(2, LONG).unwrap();
+        let second = process.join(2, LONG).unwrap();
+        first.barrier().unwrap();
+        drop(first);
+        second.barrier().unwrap();
+    });
+    if let Some(mut ranks) = ranks {
+        ranks.assert_success(&[0, 1]);
+    }
+}
+
+#[test]
+fn survivors_of_a_killed_rank_name_it_within_a_second() {
+    let ranks = procs("survivors_of_a_killed_rank_name_it_within_a_second", &ALL, |process| {
+        let world = process.join(4, LONG).unwrap();
+        let mut buffer = vec![1f32; 4 << 20];
+        let error = until_error(&process, || all_reduce(&world, &mut buffer));
+        assert_eq!(lost_rank(&error), Rank(2));
+        assert_eq!(world.barrier(), Err(error));
+    });
+    let Some(mut ranks) = ranks else { return };
+    ranks.await_signal("running/2");
+    let killed = Instant::now();
+    ranks.kill(2);
+    ranks.assert_success(&[0, 1, 3]);
+    assert!(killed.elapsed() < Duration::from_secs(1), "{:?}", killed.elapsed());
+}
+
+#[test]
+fn a_group_without_the_killed_rank_learns_of_it_too() {
+    let ranks = procs("a_group_without_the_killed_rank_learns_of_it_too", &ALL, |process| {
+        let world = process.join(4, LONG).unwrap();
+        let rows = [vec![Rank(0), Rank(1)], vec![Rank(2), Rank(3)]];
+        let row = world.subgroups(&rows).unwrap().unwrap();
+        let error = until_error(&process, || row.barrier());
+        assert_eq!(lost_rank(&error), Rank(3));
+        assert_eq!(lost_rank(&world.barrier().unwrap_err()), Rank(3));
+    });
+    let Some(mut ranks) = ranks else { return };
+    ranks.await_signal("running/0");
+    ranks.await_signal("running/3");
+    let killed = Instant::now();
+    ranks.kill(3);
+    ranks.assert_success(&[0, 1, 2]);
+    assert!(killed.elapsed() < Duration::from_secs(1), "{:?}", killed.elapsed());
+}
+
+#[test]
+fn a_process_that_exits_without_leaving_is_lost() {
+    let ranks = procs("a_process_that_exits_without_leaving_is_lost", &[0, 1], |process| {
+        let world = process.join(2, LONG).unwrap();
+        if world.rank() == Rank(1) {
+            std::process::exit(0);
+        }
+        assert_eq!(lost_rank(&world.barrier().unwrap_err()), Rank(1));
+    });
+    if let Some(mut ranks) = ranks {
+        ranks.assert_success(&[0, 1]);
+    }
+}
+
+#[test]
+fn a_stopped_rank_is_a_timeout_that_names_it_on_every_rank() {
+    let ranks = procs("a_stopped_rank_is_a_timeout_that_names_it_on_every_rank", &ALL, |process| {
+        let world = process.join(4, Duration::from_secs(2)).unwrap();
+        let mut buffer = vec![1f32; 1 << 20];
+        let error = until_error(&process, || all_reduce(&world, &mut buffer));
+        let Error::Timeout { arrived, missing, .. } = &error else { panic!("{error}") };
+        assert_eq!((&arrived[..], &missing[..]), (&[Rank(0), Rank(2), Rank(3)][..], &[Rank(1)][..]));
+        // A world that is still held is not left: the ranks that end first must not be what the others report.
+        process.signal(&format!("failed/{}", process.rank));
+        for rank in ALL {
+            sconce_mesh::Store::get(&*process.store, &format!("failed/{rank}"), LONG).unwrap();
+        }
+    });
+    let Some(mut ranks) = ranks else { return };
+    ranks.await_signal("running/1");
+    kill_process(ranks.pid(1), Signal::STOP).unwrap();
+    for rank in [0, 2, 3] {
+        ranks.await_signal(&format!("failed/{rank}"));
+    }
+    kill_process(ranks.pid(1), Signal::CONT).unwrap();
+    ranks.assert_success(&ALL);
+}
+
+#[test]
+fn joining_names_the_ranks_that_did_not_come() {
+    let name = "joining_names_the_ranks_that_did_not_come";
+    let ranks = procs(name, &[0, 1, 3], |process| {
+        let error = process.join(4, Duration::from_millis(700)).unwrap_err();
+        let Error::Timeout { missing, arrived, .. } = &error else { panic!("{error}") };
+        assert_eq!((arrived.len(), &missing[..]), (3, &[Rank(2)][..]));
+    });
+    if let Some(mut ranks) = ranks {
+        ranks.assert_success(&[0, 1, 2]);
+    }
+}
+
+#[test]
+fn joining_without_the_leader_names_the_leader() {
+    let ranks = procs("joining_without_the_leader_names_the_leader", &[1, 2], |process| {
+        let error = process.join(3, Duration::from_millis(700)).unwrap_err();
+        let Error::Timeout { missing, .. } = &error else { panic!("{error}") };
+        assert_eq!(missing, &[Rank(0)]);
+    });
+    if let Some(mut ranks) = ranks {
+        ranks.assert_success(&[0, 1]);
+    }
+}
+
+#[test]
+fn killing_every_rank_leaves_nothing_in_shared_memory() {
+    let ranks = procs("killing_every_rank_leaves_nothing_in_shared_memory", &ALL, |process| {
+        let world = process.join(4, LONG).unwrap();
+        let mut buffer = vec![1f32; 4 << 20];
+        until_error(&process, || all_reduce(&world, &mut buffer));
+    });
+    let Some(mut ranks) = ranks else { return };
+    for rank in ALL {
+        ranks.await_signal(&format!("running/{rank}"));
+    }
+    let open = |pid: rustix::process::Pid| {
+        let fds = std::fs::read_dir(format!("/proc/{}/fd", pid.as_raw_pid())).unwrap();
+        let targets = fds.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
+        targets.map(|target| target.to_string_lossy().into_owned()).collect::<Vec<_>>()
+    };
+    // No name in a file system to begin with, and no door left open once everyone is in.
+    for target in open(ranks.pid(0)) {
+        assert!(!target.starts_with("/dev/shm") && !target.starts_with("socket:"), "{target}");
+    }
+    ALL.iter().for_each(|rank| ranks.kill(*rank));
+    ALL.iter().for_each(|rank| assert!(!ranks.status(*rank).success()));
+    for entry in std::fs::read_dir("/dev/shm").unwrap() {
+        let name = entry.unwrap().file_name();
+        assert!(!name.to_string_lossy().contains("sconce"), "{name:?}");
+    }
+}
