@@ -1,0 +1,98 @@
+//! candle tensors as state: a whole tensor, and a run of a flat parameter.
+
+use std::any::Any;
+
+use candle_core::Tensor;
+use sconce_mesh::DType;
+
+use crate::candle_bytes::{deep_copy, dtype_of, read_bytes, write_bytes};
+use crate::error::CandleContext;
+use crate::{LocalTensor, Result, TensorBox, Value, run_boxes};
+
+/// Boxes of a global tensor whose elements lie one box after the other in a 1-D candle tensor.
+///
+/// A piece of a flat parameter is one: the run of a parameter's elements that the rank's shard holds.
+#[derive(Debug, Clone)]
+pub struct FlatTensor {
+    flat: Tensor,
+    dtype: DType,
+    shape: Vec<usize>,
+    boxes: Vec<TensorBox>,
+}
+
+impl FlatTensor {
+    /// A whole tensor; a contiguous one shares its storage, another is copied.
+    ///
+    /// # Errors
+    /// `Mesh` for a dtype that nothing here carries.
+    pub fn whole(tensor: &Tensor) -> Result<Self> {
+        let shape = tensor.dims().to_vec();
+        let boxes = vec![TensorBox::whole(&shape)];
+        Self::new(tensor.clone(), shape, boxes)
+    }
+
+    /// The run that begins at element `start` of a row-major tensor of `shape`; it shares `flat`'s storage.
+    ///
+    /// # Errors
+    /// `Mesh` for a dtype that nothing here carries.
+    pub fn run(flat: Tensor, shape: &[usize], start: usize) -> Result<Self> {
+        let boxes = run_boxes(shape, start, flat.elem_count());
+        Self::new(flat, shape.to_vec(), boxes)
+    }
+
+    /// One box of a tensor of `shape`, row-major.
+    pub(crate) fn one_box(tensor: &Tensor, shape: &[usize], held: TensorBox) -> Result<Self> {
+        Self::new(tensor.clone(), shape.to_vec(), vec![held])
+    }
+
+    fn new(tensor: Tensor, shape: Vec<usize>, boxes: Vec<TensorBox>) -> Result<Self> {
+        let dtype = dtype_of(&tensor)?;
+        let flat = tensor.flatten_all().and_then(|t| t.contiguous());
+        let flat = flat.during(|| format!("flattening a tensor of shape {shape:?}"))?;
+        Ok(Self { flat, dtype, shape, boxes })
+    }
+
+    /// The elements of all boxes, in order: `[Σ numel]`.
+    pub fn flat(&self) -> &Tensor {
+        &self.flat
+    }
+
+    fn part(&self, index: usize) -> Result<Tensor> {
+        let start: usize = self.boxes[..index].iter().map(TensorBox::numel).sum();
+        let part = self.flat.narrow(0, start, self.boxes[index].numel());
+        part.during(|| format!("box {} of a tensor of shape {:?}", self.boxes[index], self.shape))
+    }
+}
+
+impl LocalTensor for FlatTensor {
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+    fn global_shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn local_boxes(&self) -> &[TensorBox] {
+        &self.boxes
+    }
+    fn read_box(&self, index: usize, read: &mut dyn FnMut(&[u8])) -> Result<()> {
+        read_bytes(&self.part(index)?, read)
+    }
+    fn write_box(&mut self, index: usize, write: &mut dyn FnMut(&mut [u8])) -> Result<()> {
+        write_bytes(&self.part(index)?, write)
+    }
+    fn deep_copy(&self) -> Result<Box<dyn LocalTensor>> {
+        Ok(Box::new(Self { flat: deep_copy(&self.flat)?, ..self.clone() }))
+    }
+    fn as_any(&self) -> Option<&dyn Any> {
+        Some(self)
+    }
+}
+
+impl<'a> TryFrom<&Tensor> for Value<'a> {
+    type Error = crate::Error;
+
+    /// A whole tensor that shares its storage with the value: loading into the value is seen by the tensor.
+    fn try_from(tensor: &Tensor) -> Result<Self> {
+        Ok(Value::Tensor(Box::new(FlatTensor::whole(tensor)?)))
+    }
+}

@@ -1,0 +1,245 @@
+//! The candle ops that a unit hangs into the graph, and the cells that they make.
+//!
+//! ```text
+//!   anchor Var [1] ─ UnitDone ─▶ token [1] ─ ParamGrad(i) ─▶ parameter cell i [shape]   (one tensor per parameter)
+//!   unit inputs ─ InputToken ─▶ [1] ┐
+//!   unit output ────────────────────┴ UnitOut ─▶ output                                 (identity)
+//! ```
+//!
+//! candle has no module hooks, but a custom op's `bwd` runs at its place in backprop's order: `UnitOut`'s before any
+//! op of the unit, `ParamGrad`'s with the complete gradient of its parameter, `UnitDone`'s after all of them. The
+//! ops only call the unit; what happens then is in `unit.rs`.
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, InplaceOp1, Layout, Shape, Tensor, Var, bail};
+
+use crate::Error;
+use crate::unit::Unit;
+
+/// What the ops know of their unit, which is built after them.
+#[derive(Debug)]
+pub(crate) struct UnitSlot {
+    name: String,
+    unit: OnceLock<Weak<Unit>>,
+}
+
+impl UnitSlot {
+    pub(crate) fn new(name: String) -> Arc<Self> {
+        Arc::new(Self { name, unit: OnceLock::new() })
+    }
+
+    pub(crate) fn set(&self, unit: &Arc<Unit>) {
+        // A builder builds once, so the slot is empty here.
+        let _ = self.unit.set(Arc::downgrade(unit));
+    }
+
+    /// The unit, while its `Fsdp` lives.
+    pub(crate) fn get(&self) -> crate::Result<Arc<Unit>> {
+        let unit = self.unit.get().and_then(Weak::upgrade);
+        unit.ok_or_else(|| Error::Dropped { unit: self.name.clone() })
+    }
+
+    fn call(&self, f: impl FnOnce(&Unit) -> crate::Result<()>) -> candle_core::Result<()> {
+        let unit = self.get().map_err(candle_core::Error::wrap)?;
+        f(&unit).map_err(|error| unit.failure.keep(error))
+    }
+}
+
+/// The first error of a unit inside candle, kept as the type it was: candle hands on text only.
+#[derive(Debug, Default)]
+pub(crate) struct Failure(Mutex<Option<Error>>);
+
+impl Failure {
+    /// Keeps `error` and returns what candle shall report meanwhile.
+    pub(crate) fn keep(&self, error: Error) -> candle_core::Error {
+        let shown = candle_core::Error::Msg(error.to_string());
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        shown
+    }
+
+    pub(crate) fn take(&self) -> Option<Error> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// The token of a unit: where the gradients of all its parameters meet.
+pub(crate) fn unit_token(slot: &Arc<UnitSlot>) -> candle_core::Result<Tensor> {
+    let anchor = Var::zeros(1, candle_core::DType::F32, &Device::Cpu)?;
+    anchor.apply_op1(UnitDone(slot.clone()))
+}
+
+/// A parameter of the model: a tensor of `shape` whose storage comes and goes. It starts freed.
+pub(crate) fn parameter_cell(
+    token: &Tensor,
+    slot: &Arc<UnitSlot>,
+    index: usize,
+    shape: Shape,
+) -> candle_core::Result<Tensor> {
+    let cell = token.apply_op1(ParamGrad { slot: slot.clone(), index, shape })?;
+    swap_storage(&cell, freed())?;
+    Ok(cell)
+}
+
+/// Storage of a freed parameter. F4 has no kernels, so that any op on it is an error; an empty F32 vector would be
+/// read out of bounds by gemm, which takes raw pointers.
+pub(crate) fn freed() -> CpuStorage {
+    CpuStorage::F4(Vec::new())
+}
+
+/// Replaces the storage of a tensor, for all who share it, and returns the old one.
+pub(crate) fn swap_storage(cell: &Tensor, new: CpuStorage) -> candle_core::Result<CpuStorage> {
+    let op = Swap(Mutex::new(new));
+    cell.inplace_op1(&op)?;
+    Ok(op.0.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+struct Swap(Mutex<CpuStorage>);
+
+impl InplaceOp1 for Swap {
+    fn name(&self) -> &'static str {
+        "fsdp-swap"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _layout: &Layout) -> candle_core::Result<()> {
+        std::mem::swap(storage, &mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        Ok(())
+    }
+}
+
+struct UnitDone(Arc<UnitSlot>);
+
+impl CustomOp1 for UnitDone {
+    fn name(&self) -> &'static str {
+        "fsdp-unit-done"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(1)))
+    }
+
+    fn bwd(&self, _anchor: &Tensor, _token: &Tensor, _grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        self.0.call(Unit::post_backward)?;
+        Ok(None)
+    }
+}
+
+struct ParamGrad {
+    slot: Arc<UnitSlot>,
+    index: usize,
+    shape: Shape,
+}
+
+impl CustomOp1 for ParamGrad {
+    fn name(&self) -> &'static str {
+        "fsdp-parameter"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(Vec::new()), self.shape.clone()))
+    }
+
+    fn bwd(&self, token: &Tensor, _cell: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        self.slot.call(|unit| unit.keep_gradient(self.index, grad))?;
+        Ok(Some(token.zeros_like()?))
+    }
+}
+
+/// Marks the outputs of a unit. With the inputs' token as first argument, candle's depth-first walk visits all that
+/// is upstream before the unit's interior, so that in backward the whole interior comes before what is upstream.
+pub(crate) fn mark_output(
+    slot: &Arc<UnitSlot>,
+    inputs: Option<&Tensor>,
+    output: &Tensor,
+) -> candle_core::Result<Tensor> {
+    match inputs {
+        Some(token) => token.apply_op2(output, UnitOut(slot.clone())),
+        None => output.apply_op1(UnitOut(slot.clone())),
+    }
+}
+
+struct UnitOut(Arc<UnitSlot>);
+
+impl CustomOp1 for UnitOut {
+    fn name(&self) -> &'static str {
+        "fsdp-unit-out"
+    }
+
+    fn cpu_fwd(&self, output: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((copy_storage(output, layout)?, layout.shape().clone()))
+    }
+
+    fn bwd(&self, _output: &Tensor, _res: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        self.0.call(Unit::pre_backward)?;
+        Ok(Some(grad.clone()))
+    }
+}
+
+impl CustomOp2 for UnitOut {
+    fn name(&self) -> &'static str {
+        "fsdp-unit-out"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _token: &CpuStorage,
+        _: &Layout,
+        output: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((copy_storage(output, layout)?, layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        token: &Tensor,
+        _output: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        self.0.call(Unit::pre_backward)?;
+        Ok((Some(token.zeros_like()?), Some(grad.clone())))
+    }
+}
+
+fn copy_storage(storage: &CpuStorage, layout: &Layout) -> candle_core::Result<CpuStorage> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("the output of a unit must be contiguous here, got {layout:?}");
+    };
+    Ok(match storage {
+        CpuStorage::F32(v) => CpuStorage::F32(v[start..end].to_vec()),
+        CpuStorage::F64(v) => CpuStorage::F64(v[start..end].to_vec()),
+        CpuStorage::BF16(v) => CpuStorage::BF16(v[start..end].to_vec()),
+        CpuStorage::F16(v) => CpuStorage::F16(v[start..end].to_vec()),
+        other => bail!("no gradient flows through a unit output of this storage: {other:?}"),
+    })
+}
+
+/// One token for all inputs that gradients flow to; it carries order, no values.
+pub(crate) fn input_token(inputs: &[&Tensor]) -> candle_core::Result<Option<Tensor>> {
+    let tracked = inputs.iter().filter(|x| x.track_op() && x.dtype().is_float());
+    tracked.map(|x| x.apply_op1(InputToken)).try_fold(None, |sum: Option<Tensor>, token| {
+        let token = token?;
+        Ok(Some(match sum {
+            None => token,
+            Some(sum) => sum.add(&token)?,
+        }))
+    })
+}
+
+struct InputToken;
+
+impl CustomOp1 for InputToken {
+    fn name(&self) -> &'static str {
+        "fsdp-unit-in"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(1)))
+    }
+
+    fn bwd(&self, input: &Tensor, _token: &Tensor, _grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        // candle needs a gradient for every node that it walks; zero changes none.
+        Ok(Some(Tensor::zeros(1, input.dtype(), input.device())?.broadcast_as(input.shape())?))
+    }
+}

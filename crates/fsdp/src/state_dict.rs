@@ -1,0 +1,166 @@
+//! State dicts of sharded models: Full, Sharded and the flat shards themselves; and loading from any of them.
+
+use sconce_dtensor::{
+    DTensor, ExchangePlan, FlatTensor, LocalTensor, Move, Placement, StateDict, TensorBox, Value, exchange,
+    local_box,
+};
+
+use crate::error::CandleContext;
+use crate::shard::Shard;
+use crate::unit::Unit;
+use crate::{Fsdp, Result, ShardingStrategy};
+
+mod loading;
+pub(crate) use loading::Loading;
+
+/// What the values of a state dict are.
+///
+/// # Source
+/// `torch.distributed.fsdp.StateDictType`; `FlatShard` has no counterpart there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StateDictType {
+    /// Whole tensors on every rank.
+    Full,
+    /// A `DTensor` a parameter: `[Shard(0)]` on a 1-D mesh, `[Replicate, Shard(0)]` under hybrid sharding.
+    Sharded,
+    /// The boxes that this rank's flat shards hold, sharing their storage: no communication and no copy. The choice
+    /// for checkpoints.
+    FlatShard,
+}
+
+/// Where a unit's elements of one kind (parameters, a moment) begin in a shard.
+#[derive(Clone, Copy)]
+pub(crate) struct ShardPart<'s> {
+    pub(crate) shard: &'s Shard,
+    pub(crate) start: usize,
+}
+
+impl Fsdp {
+    /// The model's parameters by name, in declaration order, as `kind` says.
+    ///
+    /// Ranks: collective over the shard group, except for [`StateDictType::FlatShard`].
+    ///
+    /// # Errors
+    /// A failed exchange.
+    pub fn state_dict(&self, kind: StateDictType) -> Result<StateDict<'static>> {
+        // Flat shards may be written through their state dict: no gathered copy may outlive that.
+        self.reshard()?;
+        shard_state_dict(self, &self.parameter_parts(), kind)
+    }
+
+    /// Takes the parameters of a state dict of any kind, from any layout of this mesh's ranks.
+    ///
+    /// Ranks: collective over the mesh. Nothing changes on any rank if one refuses.
+    ///
+    /// # Errors
+    /// `KeyMismatch` with every missing and unexpected name, `ValueMismatch` with both shapes or dtypes,
+    /// `RefusedElsewhere`; `DTensor(Uncovered)` if no rank holds a part of a parameter.
+    pub fn load_state_dict(&self, state: &StateDict<'_>) -> Result<()> {
+        let mut loading = Loading::new(self);
+        loading.add(&self.parameter_parts(), "", |fqn| state.get(fqn))?;
+        loading.refuse_unexpected(state.keys());
+        loading.run(Ok(()))
+    }
+
+    fn parameter_parts(&self) -> Vec<ShardPart<'_>> {
+        self.units.iter().map(|unit| ShardPart { shard: &unit.shard, start: 0 }).collect()
+    }
+
+    /// The placements of a parameter in a sharded state dict.
+    fn placements(&self, shape: &[usize]) -> Vec<Placement> {
+        let split = if shape.is_empty() { Placement::Replicate } else { Placement::Shard(0) };
+        match self.strategy {
+            ShardingStrategy::FullShard | ShardingStrategy::ShardGradOp => vec![split],
+            ShardingStrategy::NoShard => vec![Placement::Replicate],
+            ShardingStrategy::HybridShard | ShardingStrategy::HybridShardZero2 => {
+                vec![Placement::Replicate, split]
+            }
+        }
+    }
+}
+
+/// One part a unit as a state dict of `kind`.
+pub(crate) fn shard_state_dict(
+    fsdp: &Fsdp,
+    parts: &[ShardPart<'_>],
+    kind: StateDictType,
+) -> Result<StateDict<'static>> {
+    let mut pieces = Vec::new();
+    for (unit, part) in fsdp.units.iter().zip(parts) {
+        for index in 0..unit.flat.params().len() {
+            pieces.push((unit.as_ref(), index, piece(unit, *part, index)?));
+        }
+    }
+    match kind {
+        StateDictType::FlatShard => {
+            let entry = |(unit, index, piece)| (name(unit, index), Value::Tensor(Box::new(piece)));
+            Ok(pieces.into_iter().map(entry).collect())
+        }
+        StateDictType::Sharded => gathered(fsdp, &pieces, |shape| sharded_zeros(fsdp, shape)),
+        StateDictType::Full => gathered(fsdp, &pieces, |shape| whole_zeros(fsdp, shape)),
+    }
+}
+
+fn name(unit: &Unit, index: usize) -> String {
+    unit.flat.params()[index].fqn.clone()
+}
+
+/// What this rank's shard holds of a parameter, sharing its storage.
+fn piece(unit: &Unit, part: ShardPart<'_>, index: usize) -> Result<FlatTensor> {
+    let run = unit.flat.run(index, unit.shard_index());
+    let flat = part.shard.view(part.start + run.shard_offset, run.len)?;
+    Ok(FlatTensor::run(flat, &unit.flat.params()[index].shape, run.param_offset)?)
+}
+
+/// A value to be filled, and the boxes that each rank of the shard group wants of it.
+type Target = (Box<dyn LocalTensor>, Vec<Vec<TensorBox>>);
+
+/// Fills a target for every parameter from the pieces of the shard group, in one exchange.
+fn gathered(
+    fsdp: &Fsdp,
+    pieces: &[(&Unit, usize, FlatTensor)],
+    target: impl Fn(&[usize]) -> Result<Target>,
+) -> Result<StateDict<'static>> {
+    let group = &fsdp.groups.shard;
+    let mut targets = Vec::with_capacity(pieces.len());
+    for (unit, index, piece) in pieces {
+        let held: Vec<_> = (0..group.size()).map(|shard| unit.flat.boxes(*index, shard)).collect();
+        let (value, wanted) = target(piece.global_shape())?;
+        targets.push((value, ExchangePlan::new(unit.shard_index(), &held, &wanted, &|_, _| true)?));
+    }
+    let mut moves: Vec<Move<'_>> = (targets.iter_mut().zip(pieces))
+        .map(|((value, plan), (_, _, piece))| Move { plan: plan.clone(), src: piece, dst: value.as_mut() })
+        .collect();
+    exchange(group, &mut moves)?;
+    drop(moves);
+    let entry = |((value, _), (unit, index, _)): ((Box<dyn LocalTensor>, _), &(&Unit, usize, FlatTensor))| {
+        (name(unit, *index), Value::Tensor(value))
+    };
+    Ok(targets.into_iter().zip(pieces).map(entry).collect())
+}
+
+fn sharded_zeros(fsdp: &Fsdp, shape: &[usize]) -> Result<Target> {
+    let placements = fsdp.placements(shape);
+    let coordinate = fsdp.mesh.coordinate().unwrap_or_default();
+    let held = local_box(shape, fsdp.mesh.shape(), coordinate, &placements);
+    let value = DTensor::from_local_with_shape(&zeros(&held.sizes)?, &fsdp.mesh, &placements, shape)?;
+    let wanted = match fsdp.strategy {
+        // The shard group is this rank alone.
+        ShardingStrategy::NoShard => vec![vec![held]],
+        _ => {
+            let ranks = fsdp.groups.shard.ranks().iter();
+            ranks.map(|rank| value.spec().box_of(*rank).into_iter().collect()).collect()
+        }
+    };
+    Ok((Box::new(value), wanted))
+}
+
+fn whole_zeros(fsdp: &Fsdp, shape: &[usize]) -> Result<Target> {
+    let wanted = vec![vec![TensorBox::whole(shape)]; fsdp.groups.shard.size()];
+    Ok((Box::new(FlatTensor::whole(&zeros(shape)?)?), wanted))
+}
+
+fn zeros(shape: &[usize]) -> Result<candle_core::Tensor> {
+    let zeros = candle_core::Tensor::zeros(shape, candle_core::DType::F32, &candle_core::Device::Cpu);
+    zeros.during(|| format!("allocating a tensor of shape {shape:?}"))
+}

@@ -1,0 +1,196 @@
+//! State dicts of every type, layout and world size, loaded into every other.
+
+mod common;
+
+use candle_nn::{Module, linear};
+use common::{STRATEGIES, full, mesh, ranks, tensor, values};
+use sconce_dtensor::{DTensor, LocalTensor, Placement, StateDict, Value};
+use sconce_fsdp::{
+    Adam, AdamConfig, Error, Fsdp, FsdpBuilder, FsdpConfig, Optimizer, ShardingStrategy, StateDictType,
+};
+use sconce_mesh::ProcessGroup;
+use sconce_testkit::SimpleModelUneven;
+
+const TYPES: [StateDictType; 3] = [StateDictType::Full, StateDictType::Sharded, StateDictType::FlatShard];
+
+/// Three units. The plain model cannot run then: nothing gathers the units of its layers.
+fn model(world: &ProcessGroup, strategy: ShardingStrategy, seed: u64) -> Fsdp {
+    with_units(world, strategy, seed, &["net2", "net3"]).1
+}
+
+fn with_units(
+    world: &ProcessGroup,
+    strategy: ShardingStrategy,
+    seed: u64,
+    units: &[&str],
+) -> (SimpleModelUneven, Fsdp) {
+    let units = units.iter().map(|unit| (*unit).to_owned()).collect();
+    let builder = FsdpBuilder::new(&mesh(world, strategy), FsdpConfig { strategy, units, seed }).unwrap();
+    let model = SimpleModelUneven::new(builder.var_builder()).unwrap();
+    (model, builder.build().unwrap())
+}
+
+#[test]
+fn initial_values_do_not_depend_on_the_layout() {
+    let reference = ranks(1, |world| full(&model(&world, ShardingStrategy::FullShard, 5))).remove(0);
+    for strategy in STRATEGIES {
+        for n in 1..=4 {
+            for state in ranks(n, |world| full(&model(&world, strategy, 5))) {
+                assert_eq!(state, reference, "{strategy:?} on {n} ranks");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_type_from_every_strategy_loads_into_every_strategy() {
+    for n in 1..=4 {
+        ranks(n, |world| {
+            for from in STRATEGIES {
+                let source = model(&world, from, 5);
+                let expected = full(&source);
+                for kind in TYPES {
+                    let state = source.state_dict(kind).unwrap().deep_copy().unwrap();
+                    for to in STRATEGIES {
+                        let target = model(&world, to, 6);
+                        assert_ne!(full(&target), expected);
+                        target.load_state_dict(&state).unwrap();
+                        assert_eq!(full(&target), expected, "{from:?} as {kind:?} into {to:?} on {n} ranks");
+                    }
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn sharded_values_are_dtensors_with_torchs_placements() {
+    ranks(4, |world| {
+        for (strategy, placements) in [
+            (ShardingStrategy::FullShard, vec![Placement::Shard(0)]),
+            (ShardingStrategy::HybridShard, vec![Placement::Replicate, Placement::Shard(0)]),
+        ] {
+            let fsdp = model(&world, strategy, 5);
+            let state = fsdp.state_dict(StateDictType::Sharded).unwrap();
+            let whole = full(&fsdp);
+            for fqn in state.keys() {
+                let dtensor = state.tensor::<DTensor>(fqn).unwrap();
+                assert_eq!(dtensor.placements(), placements);
+                assert_eq!(dtensor.device_mesh(), fsdp.device_mesh());
+                let gathered = dtensor.full_tensor().unwrap().flatten_all().unwrap();
+                assert_eq!(gathered.to_vec1::<f32>().unwrap(), whole[fqn], "{fqn}");
+            }
+            // 5 rows over 4 ranks are 2, 2, 1, 0; over 2 shards 3, 2.
+            let rows = state.tensor::<DTensor>("net4.weight").unwrap().local_boxes()[0].sizes[0];
+            let expected = if placements.len() == 1 { [2, 2, 1, 0] } else { [3, 2, 3, 2] };
+            assert_eq!(rows, expected[world.rank().0]);
+        }
+    });
+}
+
+#[test]
+fn a_flat_shard_state_dict_is_the_shards_themselves() {
+    ranks(3, |world| {
+        let fsdp = model(&world, ShardingStrategy::FullShard, 5);
+        let mut state = fsdp.state_dict(StateDictType::FlatShard).unwrap();
+        for (_, tensor) in state.flat_tensors_mut().unwrap() {
+            for index in 0..tensor.local_boxes().len() {
+                tensor.write_box(index, &mut |bytes| bytes.fill(0)).unwrap();
+            }
+        }
+        assert!(full(&fsdp).values().flatten().all(|value| *value == 0.0));
+    });
+}
+
+#[test]
+fn training_goes_on_the_same_after_model_and_optimizer_moved_to_another_strategy() {
+    ranks(4, |world| {
+        let step = |net: &SimpleModelUneven, fsdp: &Fsdp, optim: &mut Adam, nth: usize| {
+            let x = tensor(&[4, 5], nth * 4 + world.rank().0);
+            let loss = fsdp.forward(&[&x], || net.forward(&x)?.sqr()?.mean_all()).unwrap();
+            fsdp.backward(&loss).unwrap();
+            optim.step(fsdp).unwrap();
+        };
+        let config = AdamConfig { lr: 0.01, ..AdamConfig::default() };
+        let (net, fsdp) = with_units(&world, ShardingStrategy::FullShard, 5, &[]);
+        let mut optim = Adam::new(&fsdp, config).unwrap();
+        (0..2).for_each(|nth| step(&net, &fsdp, &mut optim, nth));
+        for kind in TYPES {
+            let (net2, fsdp2) = with_units(&world, ShardingStrategy::HybridShard, 6, &[]);
+            let mut optim2 = Adam::new(&fsdp2, AdamConfig::default()).unwrap();
+            fsdp2.load_state_dict(&fsdp.state_dict(kind).unwrap()).unwrap();
+            optim2.load_state_dict(&fsdp2, &optim.state_dict(&fsdp, kind).unwrap()).unwrap();
+            assert_eq!(optimizer_values(&optim2, &fsdp2), optimizer_values(&optim, &fsdp), "{kind:?}");
+            step(&net2, &fsdp2, &mut optim2, 2);
+            // One more step of the original, undone by loading what it was.
+            let (back, back_optim) =
+                (fsdp.state_dict(kind).unwrap().deep_copy().unwrap(), optim.state_dict(&fsdp, kind));
+            let back_optim = back_optim.unwrap().deep_copy().unwrap();
+            step(&net, &fsdp, &mut optim, 2);
+            for (fqn, values) in full(&fsdp) {
+                let off = common::relative_difference(&full(&fsdp2)[&fqn], &values);
+                assert!(off < 1e-6, "{fqn} after the move by {kind:?}: {off}");
+            }
+            fsdp.load_state_dict(&back).unwrap();
+            optim.load_state_dict(&fsdp, &back_optim).unwrap();
+        }
+    });
+}
+
+/// Both moments of every parameter, whole, by name.
+fn optimizer_values(optim: &Adam, fsdp: &Fsdp) -> Vec<(String, Vec<f32>)> {
+    let state = optim.state_dict(fsdp, StateDictType::Full).unwrap();
+    let state = state.map("state").unwrap();
+    let all = state.keys().flat_map(|fqn| {
+        values(state.map(fqn).unwrap()).into_iter().map(move |(name, v)| (format!("{fqn}.{name}"), v))
+    });
+    let mut all: Vec<_> = all.collect();
+    all.sort_by(|a, b| a.0.cmp(&b.0));
+    all
+}
+
+#[test]
+fn a_state_dict_of_another_model_is_refused_on_every_rank_and_changes_nothing() {
+    let errors = ranks(2, |world| {
+        let fsdp = model(&world, ShardingStrategy::FullShard, 5);
+        let before = full(&fsdp);
+        let mut state = fsdp.state_dict(StateDictType::Full).unwrap();
+        state.remove("net1.bias");
+        state.insert("net9.bias", Value::Int(1));
+        let keys = fsdp.load_state_dict(&state).unwrap_err().to_string();
+
+        let mut state = fsdp.state_dict(StateDictType::Full).unwrap();
+        if world.rank().0 == 1 {
+            state.insert("net1.bias", Value::try_from(&tensor(&[11], 0)).unwrap());
+        }
+        let shape = fsdp.load_state_dict(&state).unwrap_err();
+        if world.rank().0 == 0 {
+            assert!(
+                matches!(&shape, Error::RefusedElsewhere { ranks } if ranks.len() == 1 && ranks[0].0 == 1)
+            );
+        } else {
+            assert_eq!(shape.to_string(), "state dict: net1.bias: expected f32 [10], got f32 [11]");
+        }
+        assert_eq!(full(&fsdp), before);
+        keys
+    });
+    assert_eq!(errors, ["state dict: missing [\"net1.bias\"], unexpected [\"net9.bias\"]"; 2]);
+}
+
+#[test]
+fn two_layers_that_ask_for_one_name_share_one_parameter() {
+    ranks(2, |world| {
+        let config = FsdpConfig { strategy: ShardingStrategy::FullShard, units: vec![], seed: 1 };
+        let builder = FsdpBuilder::new(&mesh(&world, ShardingStrategy::FullShard), config).unwrap();
+        let tied = [(); 2].map(|()| linear(3, 3, builder.var_builder().pp("tied")).unwrap());
+        let fsdp = builder.build().unwrap();
+        assert_eq!(fsdp.numel(), 12);
+        let x = tensor(&[2, 3], 1);
+        let loss = fsdp.forward(&[&x], || tied[1].forward(&tied[0].forward(&x)?)?.sum_all()).unwrap();
+        fsdp.backward(&loss).unwrap();
+        let empty = StateDict::new();
+        assert!(
+            matches!(fsdp.load_state_dict(&empty), Err(Error::KeyMismatch { missing, .. }) if missing.len() == 2)
+        );
+    });
+}
