@@ -32,8 +32,9 @@ pub(crate) fn read_bytes(tensor: &Tensor, read: &mut dyn FnMut(&[u8])) -> Result
 /// `Candle` for a tensor that is not contiguous or not on the CPU.
 pub(crate) fn write_bytes(tensor: &Tensor, write: &mut dyn FnMut(&mut [u8])) -> Result<()> {
     if tensor.elem_count() == 0 {
-        // candle takes the zero strides of an empty tensor for repeated elements and refuses.
-        write(&mut []);
+        // candle takes the zero strides of an empty tensor for repeated elements and refuses. Borrowers may view
+        // the bytes as any element type, so that nothing, too, is aligned.
+        write(bytemuck::cast_slice_mut::<u64, u8>(&mut []));
         return Ok(());
     }
     let what = || format!("writing into a tensor of shape {:?}", tensor.dims());
