@@ -176,6 +176,9 @@ fn all_gather(now: &DTensor, to: &DTensorSpec, mesh_dim: usize, tensor_dim: usiz
         }
     })?;
     outcome?;
+    if whole.is_empty() {
+        return zeros(&whole.sizes, to.dtype);
+    }
     concatenate(&gathered, &chunks, tensor_dim)
 }
 
@@ -187,9 +190,6 @@ fn concatenate(gathered: &Tensor, chunks: &[TensorBox], tensor_dim: usize) -> Re
         let part = gathered.narrow(0, start, chunk.numel()).and_then(|t| t.reshape(chunk.sizes.as_slice()));
         parts.push(part.during(|| format!("gathered chunk {chunk}"))?);
         start += chunk.numel();
-    }
-    if parts.is_empty() {
-        return zeros(&chunks[0].sizes, DType::try_from(gathered.dtype())?);
     }
     Tensor::cat(&parts, tensor_dim)
         .during(|| format!("joining {} chunks along dim {tensor_dim}", parts.len()))
