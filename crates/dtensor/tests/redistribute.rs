@@ -82,7 +82,11 @@ fn check(case: &Case) {
         let held = local_box(&case.shape, &case.mesh, &at, &case.to);
         assert_eq!(moved.to_local().dims(), held.sizes);
         if !case.to.iter().any(|p| matches!(p, Placement::Partial(_))) {
-            assert_eq!(values(moved.to_local()), values(&part(&whole(&case.shape), &held)), "{case:?} at {at:?}");
+            assert_eq!(
+                values(moved.to_local()),
+                values(&part(&whole(&case.shape), &held)),
+                "{case:?} at {at:?}"
+            );
         }
         // Terms of pending sums, whatever they are, add up to the tensor.
         assert_eq!(values(&moved.full_tensor().unwrap()), values(&whole(&case.shape)), "{case:?} at {at:?}");

@@ -112,6 +112,17 @@ pub enum Error {
         cause: String,
     },
 
+    /// A rank process that a launcher started failed, or was still running at the deadline.
+    #[error("rank {rank} {outcome}{}", if last_lines.is_empty() { String::new() } else { format!("; its last lines:\n{last_lines}") })]
+    RankFailed {
+        /// The first rank that failed.
+        rank: Rank,
+        /// Its exit code or signal.
+        outcome: String,
+        /// The end of what it printed, if that was captured.
+        last_lines: String,
+    },
+
     /// A system call under a backend failed.
     #[error("backend {backend}: {call} failed: {cause}")]
     Backend {
@@ -131,4 +142,10 @@ pub enum Error {
         /// The feature to turn on.
         feature: &'static str,
     },
+}
+
+impl Error {
+    pub(crate) fn store(op: &'static str, key: &str, cause: String) -> Self {
+        Error::Store { op, key: key.to_owned(), cause }
+    }
 }

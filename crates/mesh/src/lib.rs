@@ -1,10 +1,14 @@
 //! Process groups, collectives and device meshes: how the ranks of a world find each other and talk.
 
 mod backend;
+mod bootstrap;
 mod collective;
 mod device_mesh;
 mod dtype;
+mod env;
 mod error;
+#[cfg(feature = "tcp-store")]
+mod launcher;
 mod layout;
 mod process_group;
 mod rank;
@@ -12,13 +16,19 @@ mod reduce_op;
 mod store;
 #[cfg(feature = "candle")]
 mod tensor;
+mod token;
 
 pub use device_mesh::{DeviceMesh, DeviceType};
 pub use dtype::{DType, Element};
+pub use env::RankEnv;
 pub use error::{Error, Result};
+#[cfg(feature = "tcp-store")]
+pub use launcher::{RankExit, RankOutput, RankProcesses, die_with_parent};
 pub use process_group::{GroupOptions, ProcessGroup};
 pub use rank::{GroupRank, Rank};
 pub use reduce_op::ReduceOp;
-pub use store::Store;
+pub use store::{MemoryStore, Store};
+#[cfg(feature = "tcp-store")]
+pub use store::{TcpStore, TcpStoreServer};
 #[cfg(feature = "candle")]
 pub use tensor::{cpu_bytes, cpu_bytes_mut};

@@ -2,7 +2,16 @@
 //!
 //! It carries addresses, tokens and names, not tensors. Implementations are below `store/`.
 
-use std::time::Duration;
+mod entries;
+mod memory;
+#[cfg(feature = "tcp-store")]
+mod tcp;
+
+pub use memory::MemoryStore;
+#[cfg(feature = "tcp-store")]
+pub use tcp::{TcpStore, TcpStoreServer};
+
+use std::time::{Duration, Instant};
 
 use crate::Result;
 
@@ -37,3 +46,12 @@ pub trait Store: Send + Sync {
     /// Removes `key`; false if it was not there.
     fn delete(&self, key: &str) -> Result<bool>;
 }
+
+/// Waits for the keys one after the other under one deadline.
+fn wait_for_each(store: &dyn Store, keys: &[&str], timeout: Duration) -> Result<()> {
+    let started = Instant::now();
+    keys.iter().try_for_each(|key| store.get(key, timeout.saturating_sub(started.elapsed())).map(drop))
+}
+
+#[cfg(test)]
+mod tests;

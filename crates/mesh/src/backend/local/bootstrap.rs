@@ -10,7 +10,6 @@
 //!
 //! Abstract sockets and memfds have no name in any file system: nothing is left after a crash.
 
-use std::fmt::Write as _;
 use std::io::Write as _;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
@@ -23,10 +22,9 @@ use rustix::io::Errno;
 use super::fds::{receive_fds, send_fds};
 use super::liveness::Watch;
 use super::system;
+use crate::token::{TOKEN_LEN, random_hex};
 use crate::{Error, Rank};
 
-/// Hexadecimal digits of a token: 128 bits.
-const TOKEN_LEN: usize = 32;
 const HELLO_LEN: usize = TOKEN_LEN + 4;
 const SLICE: Duration = Duration::from_millis(20);
 
@@ -188,16 +186,4 @@ pub(super) fn fetch(
 fn is_passing(error: &std::io::Error) -> bool {
     use std::io::ErrorKind;
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted | ErrorKind::ConnectionAborted)
-}
-
-/// 128 bits from the kernel's generator, in hexadecimal.
-fn random_hex() -> Result<String, Error> {
-    let mut bytes = [0; TOKEN_LEN / 2];
-    let flags = rustix::rand::GetRandomFlags::empty();
-    rustix::rand::getrandom(&mut bytes, flags).map_err(|errno| system("getrandom", errno))?;
-    Ok(bytes.iter().fold(String::new(), |mut hex, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    }))
 }

@@ -1,0 +1,165 @@
+//! RankEnv: who this process is among the ranks, from the environment that its launcher set. Reads; connects nothing.
+
+use crate::{Error, Rank, Result};
+
+/// Marks a store that the launcher hosts: rank 0 connects to it instead of hosting one itself.
+pub(crate) const STORE_HOSTED: &str = "SCONCE_STORE_HOSTED";
+/// The secret that every client of the store proves.
+pub(crate) const STORE_TOKEN: &str = "SCONCE_STORE_TOKEN";
+
+/// A rank's place in the world, and where the world meets.
+///
+/// # Source
+/// torchrun's environment variables, whose names the fields have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RankEnv {
+    /// Rank in the world.
+    pub rank: Rank,
+    /// Rank among those of this host.
+    pub local_rank: usize,
+    /// Number of ranks in the world.
+    pub world_size: usize,
+    /// Number of ranks on this host.
+    pub local_world_size: usize,
+    /// Host of the rendezvous store.
+    pub master_addr: String,
+    /// Port of the rendezvous store.
+    pub master_port: u16,
+}
+
+/// The variables in which one launcher says rank, local rank, world size and local world size.
+struct Launcher([&'static str; 4]);
+
+const LAUNCHERS: [Launcher; 3] = [
+    Launcher(["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"]),
+    Launcher(["SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"]),
+    Launcher([
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ]),
+];
+
+impl RankEnv {
+    /// What the environment of this process says: torchrun's variables, else SLURM's, else Open MPI's, else a world of
+    /// one.
+    ///
+    /// # Errors
+    /// `Environment` naming the variable that is missing beside others, is no number, or does not fit.
+    pub fn from_env() -> Result<RankEnv> {
+        Self::from_vars(|name| std::env::var(name).ok())
+    }
+
+    /// What the variables that `lookup` finds say. The local rank and the local world size default to the global ones.
+    ///
+    /// # Errors
+    /// As [`RankEnv::from_env`].
+    pub fn from_vars(lookup: impl Fn(&str) -> Option<String>) -> Result<RankEnv> {
+        let found = LAUNCHERS
+            .iter()
+            .find(|Launcher([rank, _, size, _])| lookup(rank).is_some() || lookup(size).is_some());
+        let Some(Launcher([rank, local_rank, size, local_size])) = found else {
+            return Ok(Self::alone());
+        };
+        let world_size = number(size, lookup(size), "a number of ranks, at least 1", |n| n > 0)?;
+        let global = number(rank, lookup(rank), "a rank below the number of ranks", |n| n < world_size)?;
+        let or = |name, default| match lookup(name) {
+            None => Ok(default),
+            value => number(name, value, "a number", |_| true),
+        };
+        Ok(RankEnv {
+            rank: Rank(global),
+            local_rank: or(local_rank, global)?,
+            world_size,
+            local_world_size: or(local_size, world_size)?,
+            master_addr: lookup("MASTER_ADDR").unwrap_or_else(|| "127.0.0.1".to_owned()),
+            master_port: port(lookup("MASTER_PORT"))?,
+        })
+    }
+
+    fn alone() -> RankEnv {
+        let master_addr = "127.0.0.1".to_owned();
+        RankEnv {
+            rank: Rank(0),
+            local_rank: 0,
+            world_size: 1,
+            local_world_size: 1,
+            master_addr,
+            master_port: 0,
+        }
+    }
+
+    /// torchrun's variables for this rank.
+    pub fn to_vars(&self) -> [(&'static str, String); 6] {
+        [
+            ("RANK", self.rank.to_string()),
+            ("LOCAL_RANK", self.local_rank.to_string()),
+            ("WORLD_SIZE", self.world_size.to_string()),
+            ("LOCAL_WORLD_SIZE", self.local_world_size.to_string()),
+            ("MASTER_ADDR", self.master_addr.clone()),
+            ("MASTER_PORT", self.master_port.to_string()),
+        ]
+    }
+}
+
+fn number(
+    name: &str,
+    value: Option<String>,
+    expected: &'static str,
+    fits: impl Fn(usize) -> bool,
+) -> Result<usize> {
+    let parsed = value.as_deref().and_then(|text| text.trim().parse().ok()).filter(|n| fits(*n));
+    parsed.ok_or_else(|| Error::Environment { name: name.to_owned(), expected, got: value })
+}
+
+/// torch's default port where none is given.
+fn port(value: Option<String>) -> Result<u16> {
+    let Some(text) = value else { return Ok(29500) };
+    let parsed = text.trim().parse().ok();
+    parsed.ok_or(Error::Environment { name: "MASTER_PORT".to_owned(), expected: "a port", got: Some(text) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(vars: &[(&str, &str)]) -> Result<RankEnv> {
+        let get = |name: &str| vars.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned());
+        RankEnv::from_vars(get)
+    }
+
+    #[test]
+    fn torchrun_comes_before_slurm_and_both_before_open_mpi() {
+        let mpi = [("OMPI_COMM_WORLD_RANK", "1"), ("OMPI_COMM_WORLD_SIZE", "2")];
+        let slurm = [("SLURM_PROCID", "2"), ("SLURM_NTASKS", "4"), ("SLURM_LOCALID", "0")];
+        let torch = [("RANK", "3"), ("WORLD_SIZE", "8"), ("MASTER_PORT", "1234")];
+        assert_eq!(parse(&mpi).unwrap().rank, Rank(1));
+        let of_slurm = parse(&[&mpi[..], &slurm].concat()).unwrap();
+        assert_eq!((of_slurm.rank, of_slurm.local_rank, of_slurm.world_size), (Rank(2), 0, 4));
+        let of_torch = parse(&[&mpi[..], &slurm, &torch].concat()).unwrap();
+        assert_eq!((of_torch.rank, of_torch.world_size, of_torch.master_port), (Rank(3), 8, 1234));
+    }
+
+    #[test]
+    fn without_any_launcher_the_world_is_one() {
+        assert_eq!(parse(&[]).unwrap(), RankEnv::alone());
+    }
+
+    #[test]
+    fn half_an_environment_and_a_rank_outside_the_world_are_refused_by_name() {
+        let half = parse(&[("RANK", "0")]).unwrap_err().to_string();
+        assert_eq!(half, "environment variable WORLD_SIZE: expected a number of ranks, at least 1, got None");
+        let outside = parse(&[("RANK", "2"), ("WORLD_SIZE", "2")]).unwrap_err().to_string();
+        assert!(outside.starts_with("environment variable RANK: expected a rank below"), "{outside}");
+        assert!(parse(&[("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_PORT", "x")]).is_err());
+    }
+
+    #[test]
+    fn what_is_given_to_a_child_is_what_it_reads() {
+        let env = parse(&[("RANK", "1"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "1")]).unwrap();
+        let vars = env.to_vars();
+        let vars: Vec<(&str, &str)> = vars.iter().map(|(n, v)| (*n, v.as_str())).collect();
+        assert_eq!(parse(&vars).unwrap(), env);
+    }
+}

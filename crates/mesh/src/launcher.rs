@@ -1,0 +1,248 @@
+//! RankProcesses: the ranks of one host as child processes. It starts, watches and ends them; it restarts none.
+
+mod output;
+
+use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, getppid, pidfd_open, set_parent_process_death_signal};
+
+use crate::env::{STORE_HOSTED, STORE_TOKEN};
+use crate::{Error, Rank, RankEnv, Result, TcpStoreServer};
+pub use output::RankOutput;
+use output::Tail;
+
+/// The process that ranks must not outlive.
+const PARENT: &str = "SCONCE_PARENT_PID";
+
+/// Rank processes that this process started. Dropping it kills those that still run.
+///
+/// It hosts the store at which the ranks meet, so that no port has to be agreed on before.
+///
+/// ```no_run
+/// # // Starts processes of the running program.
+/// use std::{process::Command, time::Duration};
+/// use sconce_mesh::{RankOutput, RankProcesses};
+///
+/// let command = |_: &_| Command::new(std::env::current_exe().unwrap());
+/// let mut ranks = RankProcesses::spawn(4, RankOutput::Inherited, command)?;
+/// ranks.wait(None, Duration::from_secs(5))?;
+/// # Ok::<(), sconce_mesh::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct RankProcesses {
+    ranks: Vec<RankProcess>,
+    /// Serves as long as ranks may join.
+    _store: TcpStoreServer,
+}
+
+#[derive(Debug)]
+struct RankProcess {
+    rank: Rank,
+    child: Child,
+    pidfd: OwnedFd,
+    tail: Tail,
+    /// How it ended, and whether it did so by itself.
+    exit: Option<(ExitStatus, bool)>,
+}
+
+/// How one rank ended.
+#[derive(Debug, Clone)]
+pub struct RankExit {
+    /// The rank.
+    pub rank: Rank,
+    /// Its exit code or signal.
+    pub status: ExitStatus,
+    /// False if the launcher killed it at the deadline.
+    pub by_itself: bool,
+    /// The end of what it printed, if that was captured.
+    pub last_lines: String,
+}
+
+impl RankProcesses {
+    /// Starts `n` ranks of this host; `command` makes each one's command, to which the launcher adds torchrun's
+    /// variables, the store and its token.
+    ///
+    /// # Errors
+    /// `Store` if none can be hosted, `Backend` if a process cannot be started.
+    pub fn spawn(
+        n: usize,
+        output: RankOutput,
+        mut command: impl FnMut(&RankEnv) -> Command,
+    ) -> Result<RankProcesses> {
+        let token = crate::token::random_hex()?;
+        let store = TcpStoreServer::bind(([127, 0, 0, 1], 0).into(), &token)?;
+        let mut started = RankProcesses { ranks: Vec::new(), _store: store };
+        for local_rank in 0..n {
+            let env = RankEnv {
+                rank: Rank(local_rank),
+                local_rank,
+                world_size: n,
+                local_world_size: n,
+                master_addr: started._store.addr().ip().to_string(),
+                master_port: started._store.addr().port(),
+            };
+            let mut command = command(&env);
+            command.envs(env.to_vars()).env(STORE_TOKEN, &token).env(STORE_HOSTED, "1");
+            command.env(PARENT, std::process::id().to_string()).stdin(Stdio::null());
+            started.ranks.push(RankProcess::start(env.rank, command, output)?);
+        }
+        Ok(started)
+    }
+
+    /// Kills a rank with SIGKILL, as a fault would.
+    ///
+    /// # Errors
+    /// `Backend` if it cannot be signalled.
+    pub fn kill(&mut self, rank: Rank) -> Result<()> {
+        let process = self.ranks.iter_mut().find(|process| process.rank == rank);
+        process.map_or(Ok(()), |process| process.child.kill().map_err(|e| system("kill", &e)))
+    }
+
+    /// Waits until every rank has ended and tells how.
+    ///
+    /// Once a rank has failed, the others have `grace` to end by themselves; what still runs then, or at the
+    /// deadline, is killed.
+    ///
+    /// # Errors
+    /// `Backend` if a process cannot be waited for.
+    pub fn exits(&mut self, deadline: Option<Duration>, grace: Duration) -> Result<Vec<RankExit>> {
+        let mut end = deadline.and_then(|limit| Instant::now().checked_add(limit));
+        let mut failed = false;
+        while self.running().count() > 0 && end.is_none_or(|end| Instant::now() < end) {
+            self.poll(end)?;
+            self.reap(true)?;
+            if !failed && self.first_failure().is_some() {
+                failed = true;
+                let after_grace = Instant::now() + grace;
+                end = Some(end.map_or(after_grace, |end| end.min(after_grace)));
+            }
+        }
+        self.kill_all();
+        self.reap(false)?;
+        Ok(self.ranks.iter_mut().filter_map(RankProcess::ended).collect())
+    }
+
+    /// Waits until every rank has ended well.
+    ///
+    /// # Errors
+    /// `RankFailed` for the first rank that failed or was killed at the deadline; as [`RankProcesses::exits`].
+    pub fn wait(&mut self, deadline: Option<Duration>, grace: Duration) -> Result<()> {
+        let exits = self.exits(deadline, grace)?;
+        let first = self.first_failure();
+        match exits.into_iter().find(|exit| Some(exit.rank) == first) {
+            None => Ok(()),
+            Some(exit) => Err(Error::RankFailed {
+                rank: exit.rank,
+                outcome: outcome(&exit),
+                last_lines: exit.last_lines,
+            }),
+        }
+    }
+
+    fn running(&self) -> impl Iterator<Item = &RankProcess> {
+        self.ranks.iter().filter(|process| process.exit.is_none())
+    }
+
+    /// The first rank that failed by itself, else the first that had to be killed.
+    fn first_failure(&self) -> Option<Rank> {
+        let failed = |by_itself: bool| {
+            let ended = self.ranks.iter().filter_map(|p| p.exit.map(|exit| (p.rank, exit)));
+            ended
+                .filter(move |(_, (status, own))| !status.success() && *own == by_itself)
+                .map(|(rank, _)| rank)
+                .next()
+        };
+        failed(true).or_else(|| failed(false))
+    }
+
+    /// Sleeps until a rank ends or `end`.
+    fn poll(&self, end: Option<Instant>) -> Result<()> {
+        let mut fds: Vec<_> = self.running().map(|p| PollFd::new(&p.pidfd, PollFlags::IN)).collect();
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        let left =
+            left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
+        match poll(&mut fds, left.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(errno) => Err(system("poll", &errno)),
+        }
+    }
+
+    fn reap(&mut self, by_itself: bool) -> Result<()> {
+        for process in self.ranks.iter_mut().filter(|p| p.exit.is_none()) {
+            let status = if by_itself { process.child.try_wait() } else { process.child.wait().map(Some) };
+            process.exit = status.map_err(|e| system("wait", &e))?.map(|status| (status, by_itself));
+        }
+        Ok(())
+    }
+
+    fn kill_all(&mut self) {
+        for process in self.ranks.iter_mut().filter(|p| p.exit.is_none()) {
+            // It may have ended meanwhile.
+            let _ = process.child.kill();
+        }
+    }
+}
+
+impl Drop for RankProcesses {
+    fn drop(&mut self) {
+        self.kill_all();
+        // Nobody is left to report to.
+        let _ = self.reap(false);
+    }
+}
+
+impl RankProcess {
+    fn start(rank: Rank, mut command: Command, output: RankOutput) -> Result<RankProcess> {
+        if output == RankOutput::Captured {
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        }
+        let mut child = command.spawn().map_err(|e| system("spawn", &e))?;
+        let tail = Tail::of(&mut child);
+        let pid = Pid::from_child(&child);
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|e| system("pidfd_open", &e))?;
+        Ok(RankProcess { rank, child, pidfd, tail, exit: None })
+    }
+
+    fn ended(&mut self) -> Option<RankExit> {
+        let (status, by_itself) = self.exit?;
+        Some(RankExit { rank: self.rank, status, by_itself, last_lines: self.tail.finish() })
+    }
+}
+
+/// Makes this rank die with the launcher that started it. A rank calls it before anything else; without a launcher
+/// it does nothing.
+///
+/// # Errors
+/// `Environment` if the launcher is gone already, `Backend` if the system refuses.
+pub fn die_with_parent() -> Result<()> {
+    let Ok(parent) = std::env::var(PARENT) else { return Ok(()) };
+    set_parent_process_death_signal(Some(Signal::KILL)).map_err(|e| system("prctl", &e))?;
+    // The parent may have died before the request was made.
+    let now = getppid().map(|pid| pid.as_raw_nonzero().to_string());
+    if now.as_deref() == Some(parent.as_str()) {
+        return Ok(());
+    }
+    Err(Error::Environment {
+        name: PARENT.to_owned(),
+        expected: "the pid of this process's parent",
+        got: Some(parent),
+    })
+}
+
+fn outcome(exit: &RankExit) -> String {
+    match (exit.by_itself, exit.status.signal()) {
+        (false, _) => {
+            "was still running at the deadline, or after another rank's end, and was killed".to_owned()
+        }
+        (true, Some(signal)) => format!("died of signal {signal}"),
+        (true, None) => format!("failed with exit code {}", exit.status.code().unwrap_or(-1)),
+    }
+}
+
+fn system(call: &str, cause: &dyn std::fmt::Display) -> Error {
+    Error::Backend { backend: "launcher", call: call.to_owned(), cause: cause.to_string() }
+}

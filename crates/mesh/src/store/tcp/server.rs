@@ -1,0 +1,177 @@
+//! The server of the TCP store: one thread, one task a client.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::net::{SocketAddr, TcpListener};
+use std::rc::Rc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::{Notify, oneshot};
+use tokio::task::LocalSet;
+use tokio::time::timeout;
+
+use super::wire::{DONE, MAX_FRAME, MAX_TOKEN, Op, REFUSED, Request, TIMED_OUT, frame};
+use crate::store::entries::{add, compare_set};
+use crate::{Error, Result};
+
+/// How long a client may take to prove the token.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+
+/// The rendezvous store that ranks connect to. It serves until it is dropped.
+#[derive(Debug)]
+pub struct TcpStoreServer {
+    addr: SocketAddr,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What all connections share; everything runs on one thread.
+#[derive(Default)]
+struct Shared {
+    token: Vec<u8>,
+    entries: RefCell<HashMap<String, Vec<u8>>>,
+    changed: Notify,
+}
+
+impl TcpStoreServer {
+    /// Serves at `addr`; port 0 takes a free one. Only clients that prove `token` are served.
+    ///
+    /// # Errors
+    /// `Store` if the address cannot be bound, a port in use included.
+    pub fn bind(addr: SocketAddr, token: &str) -> Result<TcpStoreServer> {
+        let failed = |cause: std::io::Error| Error::store("bind", &addr.to_string(), cause.to_string());
+        let listener = TcpListener::bind(addr).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let bound = listener.local_addr().map_err(failed)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
+        let runtime = runtime.map_err(failed)?;
+        let (stop, stopped) = oneshot::channel();
+        let token = token.as_bytes().to_vec();
+        let serve = move || {
+            let shared = Rc::new(Shared { token, ..Shared::default() });
+            let tasks = LocalSet::new();
+            tasks.block_on(&runtime, async {
+                tokio::task::spawn_local(accept(listener, shared));
+                // The sender's drop is the stop; the tasks end with the set.
+                let _ = stopped.await;
+            });
+        };
+        let thread =
+            std::thread::Builder::new().name("sconce-store".to_owned()).spawn(serve).map_err(failed)?;
+        Ok(TcpStoreServer { addr: bound, stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// Where it listens.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+}
+
+impl Drop for TcpStoreServer {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // A server that panicked has nothing left to stop.
+            let _ = thread.join();
+        }
+    }
+}
+
+async fn accept(listener: TcpListener, shared: Rc<Shared>) {
+    let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
+    loop {
+        match listener.accept().await {
+            Ok((client, _)) => drop(tokio::task::spawn_local(serve(client, shared.clone()))),
+            // Out of descriptors: those in use must close first.
+            Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+        }
+    }
+}
+
+/// One client until it closes, or sends what is no request.
+async fn serve(mut client: TcpStream, shared: Rc<Shared>) {
+    // Replies are one write each; waiting to fill a packet would only delay them.
+    let _ = client.set_nodelay(true);
+    if !matches!(timeout(HANDSHAKE, handshake(&mut client, &shared.token)).await, Ok(Some(()))) {
+        return;
+    }
+    while let Some(body) = read_frame(&mut client, MAX_FRAME).await {
+        let Some(request) = Request::decode(&body) else { return };
+        let (status, bytes) = answer(&shared, request).await;
+        if client.write_all(&frame(&[&[status], &bytes[..]].concat())).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn handshake(client: &mut TcpStream, token: &[u8]) -> Option<()> {
+    let proof = read_frame(client, MAX_TOKEN).await?;
+    let accepted = same(&proof, token);
+    client.write_all(&[u8::from(accepted)]).await.ok()?;
+    accepted.then_some(())
+}
+
+/// Compares in a time that depends on the lengths only.
+fn same(proof: &[u8], token: &[u8]) -> bool {
+    let difference = proof.iter().zip(token).fold(0, |sum, (a, b)| sum | (a ^ b));
+    proof.len() == token.len() && std::hint::black_box(difference) == 0
+}
+
+async fn read_frame(client: &mut TcpStream, max: usize) -> Option<Vec<u8>> {
+    let len = client.read_u32_le().await.ok()? as usize;
+    if len > max {
+        return None;
+    }
+    let mut body = vec![0; len];
+    client.read_exact(&mut body).await.ok()?;
+    Some(body)
+}
+
+async fn answer(shared: &Shared, request: Request) -> (u8, Vec<u8>) {
+    let Request { op, timeout_ms, key, a, b } = request;
+    if op == Op::Get {
+        let value = timeout(Duration::from_millis(timeout_ms), value_of(shared, &key)).await;
+        return value.map_or((TIMED_OUT, vec![]), |value| (DONE, value));
+    }
+    let reply = change(&mut shared.entries.borrow_mut(), op, key, a, b);
+    shared.changed.notify_waiters();
+    reply
+}
+
+async fn value_of(shared: &Shared, key: &str) -> Vec<u8> {
+    loop {
+        let changed = shared.changed.notified();
+        if let Some(value) = shared.entries.borrow().get(key) {
+            return value.clone();
+        }
+        changed.await;
+    }
+}
+
+fn change(
+    entries: &mut HashMap<String, Vec<u8>>,
+    op: Op,
+    key: String,
+    a: Vec<u8>,
+    b: Vec<u8>,
+) -> (u8, Vec<u8>) {
+    match op {
+        Op::Set => {
+            entries.insert(key, a);
+            (DONE, vec![])
+        }
+        Op::Add => {
+            let delta = a.as_slice().try_into().map_or(0, i64::from_le_bytes);
+            match add(entries, &key, delta) {
+                Ok(sum) => (DONE, sum.to_le_bytes().to_vec()),
+                Err(error) => (REFUSED, error.to_string().into_bytes()),
+            }
+        }
+        Op::CompareSet => (DONE, compare_set(entries, &key, &a, &b)),
+        Op::Delete => (DONE, vec![u8::from(entries.remove(&key).is_some())]),
+        Op::Get => unreachable!("a get is answered before, as it may wait"),
+    }
+}

@@ -1,0 +1,131 @@
+//! The contract of every store, and what only the TCP store can get wrong.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::*;
+
+const SHORT: Duration = Duration::from_millis(30);
+const LONG: Duration = Duration::from_secs(20);
+
+/// What every store must do. Two handles of one store.
+fn check_contract(a: Arc<dyn Store>, b: Arc<dyn Store>) {
+    a.set("k", b"v").unwrap();
+    assert_eq!(b.get("k", SHORT).unwrap(), b"v");
+    a.set("k", b"").unwrap();
+    assert_eq!(b.get("k", SHORT).unwrap(), b"");
+
+    let late = b.get("absent", SHORT).unwrap_err().to_string();
+    assert_eq!(late, "store: get \"absent\": nobody set it within 30ms");
+    let missing = a.wait(&["k", "absent"], SHORT).unwrap_err().to_string();
+    assert!(missing.contains("\"absent\""), "{missing}");
+
+    assert_eq!(a.compare_set("c", b"", b"1").unwrap(), b"1");
+    assert_eq!(b.compare_set("c", b"2", b"3").unwrap(), b"1");
+    assert_eq!(b.compare_set("c", b"1", b"3").unwrap(), b"3");
+    assert!(a.delete("c").unwrap() && !b.delete("c").unwrap());
+
+    a.set("word", b"word").unwrap();
+    assert!(a.add("word", 1).unwrap_err().to_string().contains("no decimal number"));
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| b.get("later", LONG));
+        let adders: Vec<_> =
+            (0..4).map(|_| scope.spawn(|| (0..50).try_for_each(|_| a.add("n", 2).map(drop)))).collect();
+        adders.into_iter().for_each(|adder| adder.join().unwrap().unwrap());
+        a.set("later", b"now").unwrap();
+        assert_eq!(waiting.join().unwrap().unwrap(), b"now");
+    });
+    assert_eq!(b.add("n", -400).unwrap(), 0);
+    assert_eq!(b.get("n", SHORT).unwrap(), b"0");
+}
+
+#[test]
+fn a_store_in_memory_keeps_the_contract() {
+    let store = MemoryStore::new();
+    check_contract(Arc::new(store.clone()), Arc::new(store));
+}
+
+#[cfg(feature = "tcp-store")]
+mod tcp {
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+
+    use super::*;
+    use crate::{TcpStore, TcpStoreServer};
+
+    fn server() -> TcpStoreServer {
+        TcpStoreServer::bind("127.0.0.1:0".parse().unwrap(), "secret").unwrap()
+    }
+
+    fn client(server: &TcpStoreServer) -> TcpStore {
+        TcpStore::connect(&server.addr().to_string(), "secret", LONG).unwrap()
+    }
+
+    #[test]
+    fn a_store_over_tcp_keeps_the_contract() {
+        let server = server();
+        check_contract(Arc::new(client(&server)), Arc::new(client(&server)));
+    }
+
+    #[test]
+    fn a_wrong_token_is_refused_by_name() {
+        let server = server();
+        let refused = TcpStore::connect(&server.addr().to_string(), "guess", LONG).unwrap_err().to_string();
+        assert!(refused.ends_with("the token was refused"), "{refused}");
+    }
+
+    #[test]
+    fn garbage_and_absurd_lengths_end_their_own_connection_only() {
+        let server = server();
+        let good = client(&server);
+        for bytes in [&[0xff; 64][..], b"GET / HTTP/1.1\r\n\r\n", &[6, 0, 0, 0, b's', b'e']] {
+            let mut bad = TcpStream::connect(server.addr()).unwrap();
+            bad.write_all(bytes).unwrap();
+            bad.shutdown(std::net::Shutdown::Write).unwrap();
+            let mut answer = vec![];
+            bad.set_read_timeout(Some(LONG)).unwrap();
+            // A reset is as good an end as a close.
+            let _ = bad.read_to_end(&mut answer);
+            assert_eq!(answer, [], "{bytes:?}");
+        }
+        good.set("k", b"v").unwrap();
+    }
+
+    #[test]
+    fn the_death_of_the_server_is_an_error_not_a_hang() {
+        let server = server();
+        let waiting = client(&server);
+        let started = Instant::now();
+        let outcome = std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| waiting.get("never", LONG));
+            client(&server).set("k", b"v").unwrap();
+            drop(server);
+            waiter.join().unwrap()
+        });
+        assert!(outcome.unwrap_err().to_string().contains("is gone"));
+        assert!(started.elapsed() < LONG);
+    }
+
+    #[test]
+    fn two_hundred_clients_meet() {
+        let server = server();
+        std::thread::scope(|scope| {
+            for _ in 0..200 {
+                scope.spawn(|| {
+                    let store = client(&server);
+                    if store.add("here", 1).unwrap() == 200 {
+                        store.set("all", b"").unwrap();
+                    }
+                    store.get("all", LONG).unwrap();
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_port_in_use_is_named() {
+        let first = server();
+        let refused = TcpStoreServer::bind(first.addr(), "secret").unwrap_err().to_string();
+        assert!(refused.starts_with(&format!("store: bind \"{}\"", first.addr())), "{refused}");
+    }
+}
