@@ -1,5 +1,7 @@
 //! The local backend with ranks as processes: right answers, and right errors when processes die or stop.
 
+#![allow(clippy::panic, reason = "test code: clippy knows it only inside `#[test]` functions")]
+
 mod support;
 
 use std::time::{Duration, Instant};

@@ -1,6 +1,13 @@
 //! How long collectives take, with ranks as threads and as processes. Run it by name, in release:
 //! `cargo test --release -p sconce-mesh --test speed -- --ignored --nocapture`
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "test code: clippy knows it only inside `#[test]`"
+)]
+
+#[expect(dead_code, reason = "what only tests of faults use")]
 mod support;
 
 use std::time::{Duration, Instant};
@@ -26,15 +33,15 @@ fn time(group: &ProcessGroup, repeats: usize, mut call: impl FnMut()) -> Duratio
 }
 
 fn measure(kind: &str, group: &ProcessGroup) {
-    let mut large = vec![1f32; LARGE];
+    let mut large = vec![0f32; LARGE];
     let mut part = vec![1f32; LARGE / RANKS];
-    let mut small = vec![1f32; 1024];
+    let mut small = vec![0f32; 1024];
     let mut halves = vec![half::bf16::ONE; LARGE * 2];
-    let all_reduce = time(group, 9, || group.all_reduce(&mut large, ReduceOp::Max).unwrap());
+    let all_reduce = time(group, 9, || group.all_reduce(&mut large, ReduceOp::Sum).unwrap());
     let sum_bf16 = time(group, 9, || group.all_reduce(&mut halves, ReduceOp::Avg).unwrap());
     let reduce_scatter = time(group, 9, || group.reduce_scatter(&large, &mut part, ReduceOp::Sum).unwrap());
     let all_gather = time(group, 9, || group.all_gather_into(&part, &mut large).unwrap());
-    let latency = time(group, 2001, || group.all_reduce(&mut small, ReduceOp::Max).unwrap());
+    let latency = time(group, 2001, || group.all_reduce(&mut small, ReduceOp::Sum).unwrap());
     let barrier = time(group, 2001, || group.barrier().unwrap());
     if group.rank().0 == 0 {
         println!(
