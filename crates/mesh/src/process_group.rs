@@ -20,7 +20,7 @@ pub struct GroupOptions {
 }
 
 impl Default for GroupOptions {
-    /// Five minutes, as torch's `default_pg_timeout` for NCCL is ten and its watchdog dumps after five.
+    /// Five minutes.
     fn default() -> Self {
         GroupOptions { timeout: Duration::from_secs(300) }
     }
@@ -64,6 +64,7 @@ struct World {
 impl ProcessGroup {
     /// Joins the world of `world_size` processes on this host as `rank`.
     ///
+    /// Each process holds one file descriptor for each rank while it is in the world.
     /// Ranks:  collective; every rank of the world calls it with the same store and options.
     ///
     /// # Errors

@@ -21,11 +21,7 @@ impl TryFrom<CandleDType> for DType {
             CandleDType::F16 => Ok(DType::F16),
             CandleDType::F32 => Ok(DType::F32),
             CandleDType::F64 => Ok(DType::F64),
-            CandleDType::F8E4M3
-            | CandleDType::F6E2M3
-            | CandleDType::F6E3M2
-            | CandleDType::F4
-            | CandleDType::F8E8M0 => Err(unsupported("a dtype that collectives carry", dtype.as_str())),
+            other => Err(unsupported("a dtype that collectives carry", other.as_str())),
         }
     }
 }
