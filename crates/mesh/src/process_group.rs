@@ -32,7 +32,8 @@ impl Default for GroupOptions {
 /// from any thread, one collective at a time.
 ///
 /// A rank leaves its world when the last handle of any of the world's groups is dropped. Collectives that still
-/// need it then fail with `PeerLost`; those that it has finished its part of do not.
+/// need it then fail with `PeerLost`; those that it has finished its part of do not. A process that ends, or a
+/// thread that panics, without having left is lost to the whole world: every group of it fails.
 ///
 /// # Source
 /// `torch.distributed.ProcessGroup`. Groups are made from a partition of ranks at once, not one list at a time,

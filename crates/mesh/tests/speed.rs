@@ -17,6 +17,7 @@ use support::procs;
 
 const RANKS: usize = 4;
 const LARGE: usize = 16 << 20;
+const MANY: u32 = 2000;
 
 /// Median time of `call`, which all ranks make.
 fn time(group: &ProcessGroup, repeats: usize, mut call: impl FnMut()) -> Duration {
@@ -41,8 +42,10 @@ fn measure(kind: &str, group: &ProcessGroup) {
     let sum_bf16 = time(group, 9, || group.all_reduce(&mut halves, ReduceOp::Avg).unwrap());
     let reduce_scatter = time(group, 9, || group.reduce_scatter(&large, &mut part, ReduceOp::Sum).unwrap());
     let all_gather = time(group, 9, || group.all_gather_into(&part, &mut large).unwrap());
-    let latency = time(group, 2001, || group.all_reduce(&mut small, ReduceOp::Sum).unwrap());
-    let barrier = time(group, 2001, || group.barrier().unwrap());
+    let many =
+        time(group, 5, || (0..MANY).for_each(|_| group.all_reduce(&mut small, ReduceOp::Sum).unwrap()));
+    let barriers = time(group, 5, || (0..MANY).for_each(|_| group.barrier().unwrap()));
+    let (latency, barrier) = (many / MANY, barriers / MANY);
     if group.rank().0 == 0 {
         println!(
             "{RANKS} {kind}: 64 MiB all_reduce f32 {all_reduce:.1?}, bf16 {sum_bf16:.1?}, all_gather \

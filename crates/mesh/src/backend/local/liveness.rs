@@ -35,10 +35,6 @@ impl Watch {
         Watch { world, rank, pidfds, origin: Instant::now(), looked_ms: AtomicU64::new(0) }
     }
 
-    pub(super) fn world_size(&self) -> usize {
-        self.world.geometry().ranks()
-    }
-
     /// The rank that was lost first, as far as anyone has recorded.
     pub(super) fn recorded(&self) -> Option<Rank> {
         let word = self.world.group_word(GroupWord::Lost).load(Ordering::Acquire);
