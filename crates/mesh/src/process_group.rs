@@ -20,7 +20,7 @@ pub struct GroupOptions {
 }
 
 impl Default for GroupOptions {
-    /// Five minutes, as torch's `default_pg_timeout` for NCCL is ten and its watchdog dumps after five.
+    /// Five minutes.
     fn default() -> Self {
         GroupOptions { timeout: Duration::from_secs(300) }
     }
@@ -32,7 +32,8 @@ impl Default for GroupOptions {
 /// from any thread, one collective at a time.
 ///
 /// A rank leaves its world when the last handle of any of the world's groups is dropped. Collectives that still
-/// need it then fail with `PeerLost`; those that it has finished its part of do not.
+/// need it then fail with `PeerLost`; those that it has finished its part of do not. A process that ends, or a
+/// thread that panics, without having left is lost to the whole world: every group of it fails.
 ///
 /// # Source
 /// `torch.distributed.ProcessGroup`. Groups are made from a partition of ranks at once, not one list at a time,
@@ -64,6 +65,7 @@ struct World {
 impl ProcessGroup {
     /// Joins the world of `world_size` processes on this host as `rank`.
     ///
+    /// Each process holds one file descriptor for each rank while it is in the world.
     /// Ranks:  collective; every rank of the world calls it with the same store and options.
     ///
     /// # Errors

@@ -1,5 +1,7 @@
 //! The local backend with ranks as processes: right answers, and right errors when processes die or stop.
 
+#![allow(clippy::panic, reason = "test code: clippy knows it only inside `#[test]` functions")]
+
 mod support;
 
 use std::time::{Duration, Instant};
@@ -111,6 +113,29 @@ fn a_group_without_the_killed_rank_learns_of_it_too() {
     let killed = Instant::now();
     ranks.kill(3);
     ranks.assert_success(&[0, 1, 2]);
+    assert!(killed.elapsed() < Duration::from_secs(1), "{:?}", killed.elapsed());
+}
+
+#[test]
+fn a_dead_rank_that_nobody_waits_for_is_noticed_too() {
+    let ranks = procs("a_dead_rank_that_nobody_waits_for_is_noticed_too", &[0, 1, 2], |process| {
+        let world = process.join(3, LONG).unwrap();
+        let Some(pair) = world.subgroups(&[vec![Rank(0), Rank(1)]]).unwrap() else {
+            process.signal("alone");
+            loop {
+                std::thread::park();
+            }
+        };
+        let error = until_error(&process, || pair.barrier());
+        assert_eq!(lost_rank(&error), Rank(2));
+    });
+    let Some(mut ranks) = ranks else { return };
+    for key in ["alone", "running/0", "running/1"] {
+        ranks.await_signal(key);
+    }
+    let killed = Instant::now();
+    ranks.kill(2);
+    ranks.assert_success(&[0, 1]);
     assert!(killed.elapsed() < Duration::from_secs(1), "{:?}", killed.elapsed());
 }
 

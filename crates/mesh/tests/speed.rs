@@ -1,6 +1,13 @@
 //! How long collectives take, with ranks as threads and as processes. Run it by name, in release:
 //! `cargo test --release -p sconce-mesh --test speed -- --ignored --nocapture`
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "test code: clippy knows it only inside `#[test]`"
+)]
+
+#[expect(dead_code, reason = "what only tests of faults use")]
 mod support;
 
 use std::time::{Duration, Instant};
@@ -10,6 +17,7 @@ use support::procs;
 
 const RANKS: usize = 4;
 const LARGE: usize = 16 << 20;
+const MANY: u32 = 2000;
 
 /// Median time of `call`, which all ranks make.
 fn time(group: &ProcessGroup, repeats: usize, mut call: impl FnMut()) -> Duration {
@@ -26,16 +34,18 @@ fn time(group: &ProcessGroup, repeats: usize, mut call: impl FnMut()) -> Duratio
 }
 
 fn measure(kind: &str, group: &ProcessGroup) {
-    let mut large = vec![1f32; LARGE];
+    let mut large = vec![0f32; LARGE];
     let mut part = vec![1f32; LARGE / RANKS];
-    let mut small = vec![1f32; 1024];
+    let mut small = vec![0f32; 1024];
     let mut halves = vec![half::bf16::ONE; LARGE * 2];
-    let all_reduce = time(group, 9, || group.all_reduce(&mut large, ReduceOp::Max).unwrap());
+    let all_reduce = time(group, 9, || group.all_reduce(&mut large, ReduceOp::Sum).unwrap());
     let sum_bf16 = time(group, 9, || group.all_reduce(&mut halves, ReduceOp::Avg).unwrap());
     let reduce_scatter = time(group, 9, || group.reduce_scatter(&large, &mut part, ReduceOp::Sum).unwrap());
     let all_gather = time(group, 9, || group.all_gather_into(&part, &mut large).unwrap());
-    let latency = time(group, 2001, || group.all_reduce(&mut small, ReduceOp::Max).unwrap());
-    let barrier = time(group, 2001, || group.barrier().unwrap());
+    let many =
+        time(group, 5, || (0..MANY).for_each(|_| group.all_reduce(&mut small, ReduceOp::Sum).unwrap()));
+    let barriers = time(group, 5, || (0..MANY).for_each(|_| group.barrier().unwrap()));
+    let (latency, barrier) = (many / MANY, barriers / MANY);
     if group.rank().0 == 0 {
         println!(
             "{RANKS} {kind}: 64 MiB all_reduce f32 {all_reduce:.1?}, bf16 {sum_bf16:.1?}, all_gather \

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use crate::{Element, Error, GroupOptions, GroupRank, ProcessGroup, Rank, ReduceOp, Result};
 
 const WORLDS: [usize; 4] = [1, 2, 3, 4];
-/// Empty, one, odd, just above one crossing for 4-byte elements, and across rounds of 2 MiB.
+/// Empty, one, odd, just above one crossing for 4-byte elements, and across rounds of 1 MiB.
 const SIZES: [usize; 5] = [0, 1, 7, 8193, 786_437];
 const OPS: [ReduceOp; 5] = [ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Min, ReduceOp::Max, ReduceOp::Prod];
 

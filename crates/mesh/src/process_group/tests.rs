@@ -110,3 +110,21 @@ fn groups_of_one_rank_need_no_peer() {
         own.barrier().unwrap();
     });
 }
+
+#[test]
+fn the_last_handle_frees_every_group_of_its_world() {
+    let groups = ProcessGroup::threads(2, GroupOptions::default()).unwrap();
+    std::thread::scope(|scope| {
+        for world in groups {
+            scope.spawn(move || {
+                let pair = world.subgroups(&[ranks([1, 0])]).unwrap().unwrap();
+                let weak = [Arc::downgrade(&world.group), Arc::downgrade(&pair.group)];
+                drop(world);
+                pair.barrier().unwrap();
+                assert!(weak.iter().all(|group| group.strong_count() > 0), "a handle keeps the world");
+                drop(pair);
+                assert!(weak.iter().all(|group| group.strong_count() == 0), "no cycle");
+            });
+        }
+    });
+}

@@ -1,5 +1,7 @@
 //! Ranks as processes: the test binary runs itself again, once a rank, with a store of files.
 
+#![allow(clippy::unwrap_used, reason = "test code: clippy knows it only inside `#[test]` functions")]
+
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
@@ -14,12 +16,12 @@ const DIR: &str = "SCONCE_TEST_DIR";
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// A store in a directory: one file a key.
-pub struct FileStore {
+pub(crate) struct FileStore {
     dir: PathBuf,
 }
 
 impl FileStore {
-    pub fn new(dir: &Path) -> Self {
+    pub(crate) fn new(dir: &Path) -> Self {
         FileStore { dir: dir.to_owned() }
     }
 
@@ -92,46 +94,46 @@ impl Store for FileStore {
 }
 
 /// What a rank's body gets.
-pub struct RankProcess {
-    pub rank: Rank,
-    pub store: Arc<FileStore>,
+pub(crate) struct RankProcess {
+    pub(crate) rank: Rank,
+    pub(crate) store: Arc<FileStore>,
 }
 
 impl RankProcess {
-    pub fn join(&self, world_size: usize, timeout: Duration) -> Result<ProcessGroup> {
+    pub(crate) fn join(&self, world_size: usize, timeout: Duration) -> Result<ProcessGroup> {
         ProcessGroup::new(self.store.clone(), self.rank, world_size, GroupOptions { timeout })
     }
 
     /// Tells the test that this rank has come to a point.
-    pub fn signal(&self, key: &str) {
+    pub(crate) fn signal(&self, key: &str) {
         self.store.set(key, b"").unwrap();
     }
 }
 
 /// The processes of a test, killed when it ends.
-pub struct Procs {
+pub(crate) struct Procs {
     children: Vec<Child>,
-    pub store: FileStore,
+    pub(crate) store: FileStore,
     _dir: tempfile::TempDir,
 }
 
 impl Procs {
-    pub fn kill(&mut self, rank: usize) {
+    pub(crate) fn kill(&mut self, rank: usize) {
         self.children[rank].kill().unwrap();
     }
 
-    pub fn pid(&self, rank: usize) -> rustix::process::Pid {
+    pub(crate) fn pid(&self, rank: usize) -> rustix::process::Pid {
         rustix::process::Pid::from_child(&self.children[rank])
     }
 
     /// Waits until a rank has signalled.
-    pub fn await_signal(&self, key: &str) {
+    pub(crate) fn await_signal(&self, key: &str) {
         self.store.get(key, DEADLINE).unwrap();
     }
 
     /// Waits for the end of a rank.
     #[track_caller]
-    pub fn status(&mut self, rank: usize) -> ExitStatus {
+    pub(crate) fn status(&mut self, rank: usize) -> ExitStatus {
         let started = Instant::now();
         loop {
             if let Some(status) = self.children[rank].try_wait().unwrap() {
@@ -143,7 +145,7 @@ impl Procs {
     }
 
     #[track_caller]
-    pub fn assert_success(&mut self, ranks: &[usize]) {
+    pub(crate) fn assert_success(&mut self, ranks: &[usize]) {
         for rank in ranks {
             let status = self.status(*rank);
             assert!(status.success(), "rank {rank}: {status}");
@@ -163,7 +165,7 @@ impl Drop for Procs {
 /// In a rank's process runs `body`; in the test itself starts one process for each of `ranks`.
 ///
 /// `name` is the test's own name, by which the processes find their way back here.
-pub fn procs(name: &str, ranks: &[usize], body: impl FnOnce(RankProcess)) -> Option<Procs> {
+pub(crate) fn procs(name: &str, ranks: &[usize], body: impl FnOnce(RankProcess)) -> Option<Procs> {
     if let (Ok(rank), Ok(dir)) = (std::env::var(RANK), std::env::var(DIR)) {
         let store = Arc::new(FileStore::new(Path::new(&dir)));
         body(RankProcess { rank: Rank(rank.parse().unwrap()), store });

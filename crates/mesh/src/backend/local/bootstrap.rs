@@ -187,3 +187,59 @@ fn is_passing(error: &std::io::Error) -> bool {
     use std::io::ErrorKind;
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted | ErrorKind::ConnectionAborted)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn patience() -> Patience<'static> {
+        Patience { deadline: Instant::now().checked_add(Duration::from_secs(60)), watch: None }
+    }
+
+    #[test]
+    fn only_members_with_the_token_and_a_free_rank_are_admitted() {
+        let (offer, own) = (
+            Offer::open().unwrap(),
+            rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap(),
+        );
+        let address = offer.address();
+        let wrong_token = format!("{} {}", offer.name, "0".repeat(TOKEN_LEN));
+        let nobody: [OwnedFd; 0] = [];
+        std::thread::scope(|scope| {
+            let leader = scope.spawn(|| {
+                let mut guests = Vec::new();
+                assert!(offer.admit(3, &patience(), &mut guests).is_ok());
+                guests.iter().for_each(|guest| guest.give(&[&own, &own]));
+                guests.iter().map(|guest| (guest.group_rank, guest.fds.len())).collect::<Vec<_>>()
+            });
+            for (address, rank) in [(&wrong_token, 1), (&address, 0), (&address, 3)] {
+                assert!(matches!(fetch(address, rank, &nobody, 1, &patience()), Err(Stop::Closed)), "{rank}");
+            }
+            let first = scope.spawn(|| fetch(&address, 1, &[&own], 2, &patience()).is_ok());
+            assert!(fetch(&address, 2, &nobody, 2, &patience()).is_ok());
+            assert!(first.join().unwrap());
+            let mut guests = leader.join().unwrap();
+            guests.sort();
+            assert_eq!(guests, [(1, 1), (2, 0)]);
+        });
+    }
+
+    #[test]
+    fn more_descriptors_than_fit_one_message_arrive_in_order() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let fds: Vec<OwnedFd> = (0..450)
+            .map(|i| {
+                let fd = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+                rustix::fs::ftruncate(&fd, i).unwrap();
+                fd
+            })
+            .collect();
+        send_fds(&a, b"F", &fds).unwrap();
+        let mut got = Vec::new();
+        while got.len() < fds.len() {
+            assert_eq!(receive_fds(&b, &mut [0; 1], &mut got), Ok(1));
+        }
+        let lens: Vec<i64> = got.iter().map(|fd| rustix::fs::fstat(fd).unwrap().st_size).collect();
+        assert!(lens.into_iter().eq(0..450));
+    }
+}

@@ -16,8 +16,8 @@ use super::liveness::Watch;
 use super::segment::HEADER_BYTES;
 use crate::{Error, GroupRank, Rank, Result};
 
-/// Looks at the phase before sleeping. Long spins starve the peer that is waited for where ranks outnumber cores:
-/// 20,000 made a barrier of 4 ranks on 2 cores 638 µs instead of 10.
+/// Looks at the phase before sleeping. With 4 ranks on 2 cores, 4 KiB all_reduces in a row took 16 µs each with 200
+/// looks and 24 with 0 or 20; 20,000 starve the peer that is waited for and made a barrier 638 µs.
 const SPINS: usize = 200;
 
 /// Longest sleep between two looks at the peers.

@@ -200,3 +200,48 @@ impl Stage {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use super::*;
+
+    #[test]
+    fn a_stage_is_given_out_once() {
+        let mapping = Arc::new(Mapping::anonymous(Geometry::new(2)).unwrap());
+        assert!(Stage::claim(Arc::clone(&mapping), 0).is_some());
+        assert!(Stage::claim(Arc::clone(&mapping), 0).is_none());
+        assert!(Stage::claim(mapping, 2).is_none());
+    }
+
+    #[test]
+    fn what_one_rank_fills_all_see_after_the_crossing_and_until_the_next() {
+        let mapping = Arc::new(Mapping::anonymous(Geometry::new(2)).unwrap());
+        let rank = |me: usize| {
+            let mut stage = Stage::claim(Arc::clone(&mapping), me).unwrap();
+            for phase in 0..1000u32 {
+                stage.fill()[me * 8..][..4].copy_from_slice(&phase.to_ne_bytes());
+                let wait = |_| {
+                    std::thread::yield_now();
+                    Ok::<_, Infallible>(())
+                };
+                let Ok(crossed) = stage.cross(wait);
+                stage = crossed;
+                let (stage, fill) = stage.views();
+                fill[me * 8..][..4].fill(0xff);
+                for g in 0..2 {
+                    assert_eq!(stage.peer(g)[g * 8..][..4], phase.to_ne_bytes(), "rank {g}, phase {phase}");
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            (0..2).for_each(|me| {
+                drop(scope.spawn({
+                    let rank = &rank;
+                    move || rank(me)
+                }))
+            });
+        });
+    }
+}
