@@ -3,8 +3,10 @@
 use crate::{Error, Rank, Result};
 
 /// Marks a store that the launcher hosts: rank 0 connects to it instead of hosting one itself.
+#[cfg(feature = "tcp-store")]
 pub(crate) const STORE_HOSTED: &str = "SCONCE_STORE_HOSTED";
 /// The secret that every client of the store proves.
+#[cfg(feature = "tcp-store")]
 pub(crate) const STORE_TOKEN: &str = "SCONCE_STORE_TOKEN";
 
 /// A rank's place in the world, and where the world meets.

@@ -46,8 +46,8 @@ impl ExchangePlan {
     ) -> Result<Self> {
         let mut plan =
             Self { me, held: held[me].clone(), wanted: wanted[me].clone(), send: vec![], recv: vec![] };
-        for to in 0..wanted.len() {
-            let incoming = incoming(to, held, &wanted[to], may_send)?;
+        for (to, wanted) in wanted.iter().enumerate() {
+            let incoming = incoming(to, held, wanted, may_send)?;
             if to == me {
                 plan.recv = incoming;
             } else {

@@ -1,0 +1,234 @@
+//! What can go wrong with a checkpoint. Every error can cross ranks, so that all of them return the same one.
+
+use std::path::{Path, PathBuf};
+
+use sconce_dtensor::DType;
+use sconce_mesh::Rank;
+use serde::{Deserialize, Serialize};
+
+/// Result of this crate's operations.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a checkpoint could not be saved or loaded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is nothing at the path.
+    #[error("{path}: no such checkpoint", path = path.display())]
+    Missing {
+        /// The path.
+        path: PathBuf,
+    },
+
+    /// There is something at the path of a save that may not be replaced.
+    #[error("{path}: exists already{hint}", path = path.display(), hint = if *is_checkpoint {
+        "; set `overwrite` to replace the checkpoint"
+    } else {
+        " and is no checkpoint, so it is not replaced"
+    })]
+    AlreadyExists {
+        /// The path.
+        path: PathBuf,
+        /// Whether it is a checkpoint that `overwrite` would replace.
+        is_checkpoint: bool,
+    },
+
+    /// A directory without a manifest: something else, or a save that was never committed.
+    #[error("{path}: not a checkpoint: {reason}", path = path.display())]
+    NotACheckpoint {
+        /// The path.
+        path: PathBuf,
+        /// What is missing.
+        reason: String,
+    },
+
+    /// The system refused an operation on a file.
+    #[error("{op} {path}: {cause}", path = path.display())]
+    Io {
+        /// The operation.
+        op: String,
+        /// The file.
+        path: PathBuf,
+        /// The system's error number, if it gave one.
+        os_error: Option<i32>,
+        /// The system's words.
+        cause: String,
+    },
+
+    /// Bytes that are not what was saved.
+    #[error("{path}: {what} at byte {offset_bytes} is damaged: expected {expected}, got {got}", path = path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// The block or section.
+        what: String,
+        /// Where it begins in the file.
+        offset_bytes: u64,
+        /// What it should be.
+        expected: String,
+        /// What it is.
+        got: String,
+    },
+
+    /// A file is shorter or longer than it was saved.
+    #[error("{path}: expected {expected} bytes, got {got}", path = path.display())]
+    Length {
+        /// The file.
+        path: PathBuf,
+        /// Its length in the manifest, in bytes.
+        expected: u64,
+        /// Its length now.
+        got: u64,
+    },
+
+    /// The checkpoint was written by a later version of the format.
+    #[error("{path}: format version {got}, this build reads up to {supported}", path = path.display())]
+    Version {
+        /// The manifest.
+        path: PathBuf,
+        /// The latest major version that is read.
+        supported: u32,
+        /// The version found.
+        got: u32,
+    },
+
+    /// The names of the state and of the checkpoint differ.
+    #[error("{path}: missing in the checkpoint {missing:?}, not asked for {unexpected:?}", path = path.display())]
+    KeyMismatch {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Names that the state has and the checkpoint lacks.
+        missing: Vec<String>,
+        /// Names that the checkpoint has and the state lacks.
+        unexpected: Vec<String>,
+    },
+
+    /// A tensor has another shape in the checkpoint, or on another rank.
+    #[error("{fqn}: expected shape {expected:?}, got {got:?}")]
+    ShapeMismatch {
+        /// The tensor.
+        fqn: String,
+        /// The shape wanted, or of the first rank.
+        expected: Vec<usize>,
+        /// The shape found.
+        got: Vec<usize>,
+    },
+
+    /// A tensor has another dtype in the checkpoint, or on another rank.
+    #[error("{fqn}: expected dtype {expected}, got {got}")]
+    DTypeMismatch {
+        /// The tensor.
+        fqn: String,
+        /// The dtype wanted, or of the first rank.
+        expected: String,
+        /// The dtype found.
+        got: String,
+    },
+
+    /// A value has another kind in the checkpoint, or another value on another rank.
+    #[error("{fqn}: expected {expected}, got {got}")]
+    ValueMismatch {
+        /// The value.
+        fqn: String,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        got: String,
+    },
+
+    /// Nobody holds a part of a tensor.
+    #[error("{fqn}: nobody holds box {missing} of shape {shape:?}")]
+    Uncovered {
+        /// The tensor.
+        fqn: String,
+        /// Its global shape.
+        shape: Vec<usize>,
+        /// The first part that is missing.
+        missing: String,
+    },
+
+    /// Two ranks hold parts of a tensor that overlap without being equal.
+    #[error("{fqn}: boxes {first} and {second} overlap")]
+    Overlap {
+        /// The tensor.
+        fqn: String,
+        /// One box.
+        first: String,
+        /// The other.
+        second: String,
+    },
+
+    /// A tensor could not be read or written in memory.
+    #[error("{fqn}: {cause}")]
+    Tensor {
+        /// The tensor, or empty for the state as a whole.
+        fqn: String,
+        /// What its device said.
+        cause: String,
+    },
+
+    /// A step failed on some ranks; every rank returns this.
+    #[error("{step} failed on {}", list(failures))]
+    Ranks {
+        /// The step.
+        step: String,
+        /// Who failed, and how.
+        failures: Vec<RankFailure>,
+    },
+
+    /// The ranks cannot talk any more. Only this error differs between ranks.
+    #[error(transparent)]
+    #[serde(skip)]
+    Mesh(#[from] sconce_mesh::Error),
+}
+
+/// The failure of one rank in a step of all.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RankFailure {
+    /// The rank.
+    pub rank: usize,
+    /// Its error.
+    pub error: Error,
+}
+
+impl RankFailure {
+    pub(crate) fn new(rank: Rank, error: Error) -> Self {
+        Self { rank: rank.0, error }
+    }
+}
+
+impl Error {
+    pub(crate) fn io(op: &str, path: &Path, cause: &std::io::Error) -> Self {
+        let (op, path) = (op.to_owned(), path.to_owned());
+        Error::Io { op, path, os_error: cause.raw_os_error(), cause: cause.to_string() }
+    }
+
+    pub(crate) fn tensor(fqn: &str, cause: &sconce_dtensor::Error) -> Self {
+        Error::Tensor { fqn: fqn.to_owned(), cause: cause.to_string() }
+    }
+
+    pub(crate) fn dtypes(fqn: &str, expected: DType, got: DType) -> Self {
+        let (expected, got) = (expected.to_string(), got.to_string());
+        Error::DTypeMismatch { fqn: fqn.to_owned(), expected, got }
+    }
+}
+
+fn list(failures: &[RankFailure]) -> String {
+    let each: Vec<String> = failures.iter().map(|f| format!("rank {}: {}", f.rank, f.error)).collect();
+    each.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_the_same_on_the_other_side() {
+        let inner = Error::Length { path: "a/b".into(), expected: 3, got: 2 };
+        let failures = vec![RankFailure { rank: 1, error: inner }];
+        let error = Error::Ranks { step: "verify".into(), failures };
+        let wire = serde_json::to_vec(&error).unwrap();
+        assert_eq!(serde_json::from_slice::<Error>(&wire).unwrap(), error);
+        assert_eq!(error.to_string(), "verify failed on rank 1: a/b: expected 3 bytes, got 2");
+    }
+}
