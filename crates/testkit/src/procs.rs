@@ -24,7 +24,7 @@ pub struct RankContext {
     pub dir: PathBuf,
 }
 
-/// Runs `body` on `n` ranks, each a process of its own, and fails with the output of the first that fails.
+/// Runs `body` on `n` ranks, each a process of its own, and fails with the output of those that fail.
 ///
 /// `test` is the test's path inside its binary (`module::name`); `rank_tests!` gives it. `deadline` is that of the
 /// whole test.
@@ -33,11 +33,12 @@ pub struct RankContext {
 /// If a rank fails, hangs, or does not run `body`.
 pub fn run_procs(test: &str, n: usize, deadline: Duration, body: impl FnOnce(RankContext)) {
     let Some(exits) = run_procs_for_exits(test, n, deadline, body) else { return };
-    let first = exits.iter().filter(|exit| !exit.status.success()).max_by_key(|exit| exit.by_itself);
-    if let Some(exit) = first {
+    let report = |exit: &RankExit| {
         let why = if exit.by_itself { "failed" } else { "did not end in time" };
-        panic!("rank {} {why} ({}):\n{}", exit.rank, exit.status, exit.last_lines);
-    }
+        format!("rank {} {why} ({}):\n{}\n", exit.rank, exit.status, exit.last_lines)
+    };
+    let reports: Vec<String> = exits.iter().filter(|exit| !exit.status.success()).map(report).collect();
+    assert!(reports.is_empty(), "{} of {n} ranks failed\n{}", reports.len(), reports.join("\n"));
 }
 
 /// As [`run_procs`], for tests in which ranks are meant to fail: returns how each ended in the process that judges, and

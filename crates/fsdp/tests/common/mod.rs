@@ -1,6 +1,7 @@
 //! What the tests of this crate share: meshes of any strategy, and plain candle as the reference.
 
 #![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(clippy::unwrap_used, reason = "test code: clippy knows it only inside `#[test]` functions")]
 
 use std::collections::HashMap;
 use std::time::Duration;

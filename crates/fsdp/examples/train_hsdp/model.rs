@@ -1,0 +1,107 @@
+//! A decoder-only transformer made of plain candle_nn constructors. It knows nothing of sharding, except that the
+//! caller may wrap its blocks.
+
+use candle_core::{D, DType, Device, Result, Tensor};
+use candle_nn::{
+    Embedding, LayerNorm, Linear, Module, VarBuilder, embedding, layer_norm_no_bias, linear, linear_no_bias,
+};
+
+use crate::corpus::CONTEXT;
+
+const WIDTH: usize = 160;
+const HEADS: usize = 4;
+/// Transformer blocks; each is a unit of its own.
+pub const BLOCKS: usize = 4;
+
+/// Characters in, logits of the next character out.
+pub struct Transformer {
+    token: Embedding,
+    position: Embedding,
+    blocks: Vec<Box<dyn Module>>,
+    norm: LayerNorm,
+    head: Linear,
+}
+
+impl Transformer {
+    /// `wrap(prefix, block)` may make each block a unit; about 1.3 M parameters.
+    pub fn new<E: From<candle_core::Error>>(
+        vocabulary: usize,
+        vb: VarBuilder<'_>,
+        wrap: impl Fn(&str, Block) -> Result<Box<dyn Module>, E>,
+    ) -> Result<Self, E> {
+        let block = |nth: usize| {
+            let prefix = format!("blocks.{nth}");
+            wrap(&prefix, Block::new(vb.pp(&prefix))?)
+        };
+        Ok(Self {
+            token: embedding(vocabulary, WIDTH, vb.pp("token"))?,
+            position: embedding(CONTEXT, WIDTH, vb.pp("position"))?,
+            blocks: (0..BLOCKS).map(block).collect::<Result<_, E>>()?,
+            norm: layer_norm_no_bias(WIDTH, 1e-5, vb.pp("norm"))?,
+            head: linear_no_bias(WIDTH, vocabulary, vb.pp("head"))?,
+        })
+    }
+}
+
+impl Module for Transformer {
+    /// `[batch, context]` tokens to `[batch · context, vocabulary]` logits.
+    fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
+        let (batch, context) = tokens.dims2()?;
+        let positions = Tensor::arange(0u32, context as u32, tokens.device())?;
+        // candle's embeddings start at deviation 1, which is far too loud for a residual stream.
+        let x = self
+            .token
+            .forward(tokens)?
+            .broadcast_add(&self.position.forward(&positions)?)?
+            .affine(0.1, 0.0)?;
+        let x = self.blocks.iter().try_fold(x, |x, block| block.forward(&x))?;
+        self.head.forward(&self.norm.forward(&x)?.reshape((batch * context, WIDTH))?)
+    }
+}
+
+/// Attention and a two-layer perceptron, each after a layer norm and added to its input.
+pub struct Block {
+    norm1: LayerNorm,
+    qkv: Linear,
+    out: Linear,
+    norm2: LayerNorm,
+    up: Linear,
+    down: Linear,
+    mask: Tensor,
+}
+
+impl Block {
+    fn new(vb: VarBuilder<'_>) -> Result<Self> {
+        let future = (0..CONTEXT).flat_map(|i| (0..CONTEXT).map(move |j| if j > i { -1e9f32 } else { 0.0 }));
+        Ok(Self {
+            norm1: layer_norm_no_bias(WIDTH, 1e-5, vb.pp("norm1"))?,
+            qkv: linear_no_bias(WIDTH, 3 * WIDTH, vb.pp("qkv"))?,
+            out: linear(WIDTH, WIDTH, vb.pp("out"))?,
+            norm2: layer_norm_no_bias(WIDTH, 1e-5, vb.pp("norm2"))?,
+            up: linear(WIDTH, 4 * WIDTH, vb.pp("up"))?,
+            down: linear(4 * WIDTH, WIDTH, vb.pp("down"))?,
+            mask: Tensor::from_iter(future, &Device::Cpu)?
+                .reshape((CONTEXT, CONTEXT))?
+                .to_dtype(DType::F32)?,
+        })
+    }
+
+    fn attention(&self, x: &Tensor) -> Result<Tensor> {
+        let (batch, context, _) = x.dims3()?;
+        let qkv = self.qkv.forward(x)?.reshape((batch, context, 3, HEADS, WIDTH / HEADS))?;
+        let part = |nth: usize| qkv.narrow(2, nth, 1)?.squeeze(2)?.transpose(1, 2)?.contiguous();
+        let (q, k, v) = (part(0)?, part(1)?, part(2)?);
+        let scale = 1.0 / ((WIDTH / HEADS) as f64).sqrt();
+        let scores = q.matmul(&k.t()?)?.affine(scale, 0.0)?.broadcast_add(&self.mask)?;
+        let mixed = candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&v)?;
+        self.out.forward(&mixed.transpose(1, 2)?.reshape((batch, context, WIDTH))?)
+    }
+}
+
+impl Module for Block {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let x = (x + self.attention(&self.norm1.forward(x)?)?)?;
+        let hidden = self.up.forward(&self.norm2.forward(&x)?)?.gelu()?;
+        x + self.down.forward(&hidden)?
+    }
+}
