@@ -8,19 +8,19 @@ use candle_core::{Device, Tensor};
 use crate::AnyResult;
 
 /// Characters of one sequence.
-pub const CONTEXT: usize = 64;
+pub(crate) const CONTEXT: usize = 64;
 /// Sequences of one rank's batch.
-pub const BATCH: usize = 8;
+pub(crate) const BATCH: usize = 4;
 
 /// The text as tokens, and the number of different ones.
-pub struct Corpus {
+pub(crate) struct Corpus {
     tokens: Vec<u32>,
-    pub vocabulary: usize,
+    pub(crate) vocabulary: usize,
 }
 
 impl Corpus {
     /// Reads the files in the order of their paths, so that every rank sees the same text.
-    pub fn read(dir: &Path) -> AnyResult<Self> {
+    pub(crate) fn read(dir: &Path) -> AnyResult<Self> {
         let mut files = Vec::new();
         collect(dir, &mut files)?;
         files.sort();
@@ -42,7 +42,7 @@ impl Corpus {
     }
 
     /// Inputs and targets `[BATCH, CONTEXT]`, u32; the same numbers give the same batch.
-    pub fn batch(&self, step: usize, rank: usize) -> candle_core::Result<(Tensor, Tensor)> {
+    pub(crate) fn batch(&self, step: usize, rank: usize) -> candle_core::Result<(Tensor, Tensor)> {
         let mut inputs = Vec::with_capacity(BATCH * CONTEXT);
         let mut targets = Vec::with_capacity(BATCH * CONTEXT);
         for row in 0..BATCH {

@@ -11,7 +11,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use clap::Parser;
-use sconce_mesh::{RankEnv, RankProcesses};
+use sconce_mesh::{RankEnv, RankOutput, RankProcesses};
 
 use args::{Args, Phase};
 use train::Report;
@@ -54,7 +54,7 @@ fn spawn_ranks(n: usize, phase: Phase) -> AnyResult<()> {
         command.args(std::env::args_os().skip(1)).arg(phase.flag()).env("RAYON_NUM_THREADS", "1");
         command
     };
-    Ok(RankProcesses::spawn(n, command)?.wait(None, GRACE)?)
+    Ok(RankProcesses::spawn(n, RankOutput::Inherited, command)?.wait(None, GRACE)?)
 }
 
 fn compare(saved: &Report, loaded: &[(&str, Report)]) -> AnyResult<()> {

@@ -6,15 +6,16 @@ use candle_nn::{
     Embedding, LayerNorm, Linear, Module, VarBuilder, embedding, layer_norm_no_bias, linear, linear_no_bias,
 };
 
+use crate::AnyResult;
 use crate::corpus::CONTEXT;
 
 const WIDTH: usize = 160;
 const HEADS: usize = 4;
 /// Transformer blocks; each is a unit of its own.
-pub const BLOCKS: usize = 4;
+pub(crate) const BLOCKS: usize = 4;
 
 /// Characters in, logits of the next character out.
-pub struct Transformer {
+pub(crate) struct Transformer {
     token: Embedding,
     position: Embedding,
     blocks: Vec<Box<dyn Module>>,
@@ -24,11 +25,11 @@ pub struct Transformer {
 
 impl Transformer {
     /// `wrap(prefix, block)` may make each block a unit; about 1.3 M parameters.
-    pub fn new<E: From<candle_core::Error>>(
+    pub(crate) fn new(
         vocabulary: usize,
         vb: VarBuilder<'_>,
-        wrap: impl Fn(&str, Block) -> Result<Box<dyn Module>, E>,
-    ) -> Result<Self, E> {
+        wrap: impl Fn(&str, Block) -> AnyResult<Box<dyn Module>>,
+    ) -> AnyResult<Self> {
         let block = |nth: usize| {
             let prefix = format!("blocks.{nth}");
             wrap(&prefix, Block::new(vb.pp(&prefix))?)
@@ -36,7 +37,7 @@ impl Transformer {
         Ok(Self {
             token: embedding(vocabulary, WIDTH, vb.pp("token"))?,
             position: embedding(CONTEXT, WIDTH, vb.pp("position"))?,
-            blocks: (0..BLOCKS).map(block).collect::<Result<_, E>>()?,
+            blocks: (0..BLOCKS).map(block).collect::<AnyResult<_>>()?,
             norm: layer_norm_no_bias(WIDTH, 1e-5, vb.pp("norm"))?,
             head: linear_no_bias(WIDTH, vocabulary, vb.pp("head"))?,
         })
@@ -60,7 +61,7 @@ impl Module for Transformer {
 }
 
 /// Attention and a two-layer perceptron, each after a layer norm and added to its input.
-pub struct Block {
+pub(crate) struct Block {
     norm1: LayerNorm,
     qkv: Linear,
     out: Linear,

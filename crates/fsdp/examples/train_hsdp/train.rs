@@ -30,7 +30,7 @@ struct Trainer {
 }
 
 /// Runs one rank of a phase from its start to its report.
-pub fn run_rank(args: &Args, phase: Phase) -> AnyResult<()> {
+pub(crate) fn run_rank(args: &Args, phase: Phase) -> AnyResult<()> {
     sconce_mesh::die_with_parent()?;
     let world =
         ProcessGroup::from_env(GroupOptions { timeout: Duration::from_secs(60), ..Default::default() })?;
@@ -63,7 +63,7 @@ impl Trainer {
         let units = (0..BLOCKS).map(|nth| format!("blocks.{nth}")).collect();
         let builder = FsdpBuilder::new(mesh, FsdpConfig { strategy, units, seed: 42 })?;
         let model = Transformer::new(corpus.vocabulary, builder.var_builder(), |prefix, block| {
-            builder.wrap(prefix, block).map(|unit| Box::new(unit) as Box<dyn Module>)
+            Ok(Box::new(builder.wrap(prefix, block)?))
         })?;
         let fsdp = builder.build()?;
         let optim = Adam::new(&fsdp, AdamConfig::adamw(2e-3))?;
@@ -155,9 +155,9 @@ impl Trainer {
 }
 
 /// What a phase found.
-pub struct Report {
-    pub digest: String,
-    pub loss: f32,
+pub(crate) struct Report {
+    pub(crate) digest: String,
+    pub(crate) loss: f32,
 }
 
 impl Report {
@@ -166,7 +166,7 @@ impl Report {
     }
 
     /// What rank 0 of a phase wrote.
-    pub fn read(out: &Path, phase: Phase) -> AnyResult<Self> {
+    pub(crate) fn read(out: &Path, phase: Phase) -> AnyResult<Self> {
         let text = std::fs::read_to_string(Self::path(out, phase))?;
         let (digest, loss) = text.split_once(' ').ok_or("report: expected a digest and a loss")?;
         Ok(Self { digest: digest.to_owned(), loss: loss.parse()? })
