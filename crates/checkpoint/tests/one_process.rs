@@ -1,5 +1,12 @@
 //! One process without any group: round trips, damage, and saves that fail.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "test code: clippy knows it only inside `#[test]` functions"
+)]
+
 use std::collections::HashMap;
 use std::path::Path;
 

@@ -1,5 +1,12 @@
 //! Ranks save together, other ranks load: any layout into any other, and one rank's failure on all.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "test code: clippy knows it only inside `#[test]` functions"
+)]
+
 mod common;
 
 use common::{part, ranks, state, whole};

@@ -47,7 +47,9 @@ fn storage_size(storage: &CpuStorage) -> usize {
 }
 
 /// The only public way to a tensor's storage for writing is an in-place op.
-struct LendBytes<'w>(RefCell<&'w mut dyn FnMut(&mut [u8])>);
+struct LendBytes<'w>(RefCell<&'w mut WriteBytes<'w>>);
+
+type WriteBytes<'w> = dyn FnMut(&mut [u8]) + 'w;
 
 impl InplaceOp1 for LendBytes<'_> {
     fn name(&self) -> &'static str {

@@ -76,7 +76,7 @@ pub enum Error {
         /// What was being done, to which tensor.
         what: String,
         /// candle's answer.
-        source: candle_core::Error,
+        source: Box<candle_core::Error>,
     },
 }
 
@@ -89,6 +89,6 @@ pub(crate) trait CandleContext<T> {
 #[cfg(feature = "candle")]
 impl<T> CandleContext<T> for candle_core::Result<T> {
     fn during(self, what: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|source| Error::Candle { what: what(), source })
+        self.map_err(|source| Error::Candle { what: what(), source: Box::new(source) })
     }
 }

@@ -1,5 +1,12 @@
 //! Redistribute against the obvious answer: the whole tensor, sliced.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "test code: clippy knows it only inside `#[test]` functions"
+)]
+
 use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor};

@@ -79,6 +79,19 @@ impl Fsdp {
     }
 }
 
+/// What this rank's shard holds of one parameter.
+struct Piece<'f> {
+    unit: &'f Unit,
+    index: usize,
+    held: FlatTensor,
+}
+
+impl Piece<'_> {
+    fn fqn(&self) -> String {
+        self.unit.flat.params()[self.index].fqn.clone()
+    }
+}
+
 /// One part a unit as a state dict of `kind`.
 pub(crate) fn shard_state_dict(
     fsdp: &Fsdp,
@@ -88,21 +101,17 @@ pub(crate) fn shard_state_dict(
     let mut pieces = Vec::new();
     for (unit, part) in fsdp.units.iter().zip(parts) {
         for index in 0..unit.flat.params().len() {
-            pieces.push((unit.as_ref(), index, piece(unit, *part, index)?));
+            pieces.push(Piece { unit, index, held: piece(unit, *part, index)? });
         }
     }
     match kind {
         StateDictType::FlatShard => {
-            let entry = |(unit, index, piece)| (name(unit, index), Value::Tensor(Box::new(piece)));
+            let entry = |piece: Piece<'_>| (piece.fqn(), Value::Tensor(Box::new(piece.held)));
             Ok(pieces.into_iter().map(entry).collect())
         }
-        StateDictType::Sharded => gathered(fsdp, &pieces, |shape| sharded_zeros(fsdp, shape)),
-        StateDictType::Full => gathered(fsdp, &pieces, |shape| whole_zeros(fsdp, shape)),
+        StateDictType::Sharded => gathered(fsdp, &pieces, sharded_zeros),
+        StateDictType::Full => gathered(fsdp, &pieces, whole_zeros),
     }
-}
-
-fn name(unit: &Unit, index: usize) -> String {
-    unit.flat.params()[index].fqn.clone()
 }
 
 /// What this rank's shard holds of a parameter, sharing its storage.
@@ -113,30 +122,31 @@ fn piece(unit: &Unit, part: ShardPart<'_>, index: usize) -> Result<FlatTensor> {
 }
 
 /// A value to be filled, and the boxes that each rank of the shard group wants of it.
-type Target = (Box<dyn LocalTensor>, Vec<Vec<TensorBox>>);
+struct Target {
+    value: Box<dyn LocalTensor>,
+    wanted: Vec<Vec<TensorBox>>,
+}
 
 /// Fills a target for every parameter from the pieces of the shard group, in one exchange.
 fn gathered(
     fsdp: &Fsdp,
-    pieces: &[(&Unit, usize, FlatTensor)],
-    target: impl Fn(&[usize]) -> Result<Target>,
+    pieces: &[Piece<'_>],
+    target: impl Fn(&Fsdp, &[usize]) -> Result<Target>,
 ) -> Result<StateDict<'static>> {
     let group = &fsdp.groups.shard;
-    let mut targets = Vec::with_capacity(pieces.len());
-    for (unit, index, piece) in pieces {
-        let held: Vec<_> = (0..group.size()).map(|shard| unit.flat.boxes(*index, shard)).collect();
-        let (value, wanted) = target(piece.global_shape())?;
-        targets.push((value, ExchangePlan::new(unit.shard_index(), &held, &wanted, &|_, _| true)?));
+    let (mut values, mut plans) = (Vec::with_capacity(pieces.len()), Vec::with_capacity(pieces.len()));
+    for Piece { unit, index, held } in pieces {
+        let of_all: Vec<_> = (0..group.size()).map(|shard| unit.flat.boxes(*index, shard)).collect();
+        let Target { value, wanted } = target(fsdp, held.global_shape())?;
+        plans.push(ExchangePlan::new(unit.shard_index(), &of_all, &wanted, &|_, _| true)?);
+        values.push(value);
     }
-    let mut moves: Vec<Move<'_>> = (targets.iter_mut().zip(pieces))
-        .map(|((value, plan), (_, _, piece))| Move { plan: plan.clone(), src: piece, dst: value.as_mut() })
-        .collect();
+    let moves = values.iter_mut().zip(plans).zip(pieces);
+    let mut moves: Vec<Move<'_>> =
+        moves.map(|((value, plan), piece)| Move { plan, src: &piece.held, dst: value.as_mut() }).collect();
     exchange(group, &mut moves)?;
     drop(moves);
-    let entry = |((value, _), (unit, index, _)): ((Box<dyn LocalTensor>, _), &(&Unit, usize, FlatTensor))| {
-        (name(unit, *index), Value::Tensor(value))
-    };
-    Ok(targets.into_iter().zip(pieces).map(entry).collect())
+    Ok(pieces.iter().map(Piece::fqn).zip(values.into_iter().map(Value::Tensor)).collect())
 }
 
 fn sharded_zeros(fsdp: &Fsdp, shape: &[usize]) -> Result<Target> {
@@ -152,12 +162,12 @@ fn sharded_zeros(fsdp: &Fsdp, shape: &[usize]) -> Result<Target> {
             ranks.map(|rank| value.spec().box_of(*rank).into_iter().collect()).collect()
         }
     };
-    Ok((Box::new(value), wanted))
+    Ok(Target { value: Box::new(value), wanted })
 }
 
 fn whole_zeros(fsdp: &Fsdp, shape: &[usize]) -> Result<Target> {
     let wanted = vec![vec![TensorBox::whole(shape)]; fsdp.groups.shard.size()];
-    Ok((Box::new(FlatTensor::whole(&zeros(shape)?)?), wanted))
+    Ok(Target { value: Box::new(FlatTensor::whole(&zeros(shape)?)?), wanted })
 }
 
 fn zeros(shape: &[usize]) -> Result<candle_core::Tensor> {

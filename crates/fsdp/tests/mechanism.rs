@@ -1,5 +1,12 @@
 //! Forward and backward of sharded models against plain candle, and errors instead of wrong numbers.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "test code: clippy knows it only inside `#[test]` functions"
+)]
+
 mod common;
 
 use candle_core::{Device, Tensor};

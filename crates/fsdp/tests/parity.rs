@@ -1,5 +1,12 @@
 //! Training under FSDP follows torch's own curves, and plain candle's where torch wrote none.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "test code: clippy knows it only inside `#[test]` functions"
+)]
+
 mod common;
 
 use std::collections::HashMap;

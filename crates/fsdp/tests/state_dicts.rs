@@ -1,5 +1,12 @@
 //! State dicts of every type, layout and world size, loaded into every other.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "test code: clippy knows it only inside `#[test]` functions"
+)]
+
 mod common;
 
 use candle_nn::{Module, linear};

@@ -1,5 +1,12 @@
 //! The harness itself: it must fail when a rank does.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "test code: clippy knows it only inside `#[test]` functions"
+)]
+
 use std::time::Duration;
 
 use sconce_mesh::{Rank, ReduceOp};

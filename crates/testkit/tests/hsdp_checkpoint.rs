@@ -1,6 +1,13 @@
 //! PyTorch's test_hsdp_checkpoint.py, ported in meaning: save under HSDP, train on, load, and get the same bits back,
 //! as HSDP and as FSDP.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "test code: clippy knows it only inside `#[test]` functions"
+)]
+
 mod common;
 
 use std::path::Path;

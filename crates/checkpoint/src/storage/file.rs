@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn blocks_are_checked_whatever_the_pieces_were() {
-        let all: Vec<u8> = (0..5 * BLOCK_BYTES / 2 + 17).map(|i| (i * i >> 7) as u8).collect();
+        let all: Vec<u8> = (0..5 * BLOCK_BYTES / 2 + 17).map(|i| ((i * i) >> 7) as u8).collect();
         let dir = tempfile::tempdir().unwrap();
         for (nth, piece) in [1000, 700_001, BLOCK_BYTES as usize, all.len()].into_iter().enumerate() {
             let path = dir.path().join(nth.to_string());

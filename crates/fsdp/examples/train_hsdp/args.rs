@@ -11,7 +11,7 @@ pub(crate) struct Args {
     #[arg(long, default_value = ".")]
     pub(crate) data: PathBuf,
     /// Steps of the HSDP run; the other layouts add a fifth of them each.
-    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(2..))]
+    #[arg(long, default_value_t = 160, value_parser = clap::value_parser!(u32).range(2..))]
     steps: u32,
     /// Rank processes of the HSDP run.
     #[arg(long, default_value_t = 4)]

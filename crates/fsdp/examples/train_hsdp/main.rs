@@ -1,6 +1,8 @@
 //! The main job: a small character-level transformer trains under HSDP on 4 local rank processes, saves, and goes on
 //! as FSDP on 3 ranks and as one process, from the same checkpoint, with the same bits.
 
+#![allow(clippy::print_stdout, reason = "an example talks to the person who started it")]
+
 mod args;
 mod corpus;
 mod model;

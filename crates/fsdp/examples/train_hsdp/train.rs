@@ -32,8 +32,7 @@ struct Trainer {
 /// Runs one rank of a phase from its start to its report.
 pub(crate) fn run_rank(args: &Args, phase: Phase) -> AnyResult<()> {
     sconce_mesh::die_with_parent()?;
-    let world =
-        ProcessGroup::from_env(GroupOptions { timeout: Duration::from_secs(60), ..Default::default() })?;
+    let world = ProcessGroup::from_env(GroupOptions { timeout: Duration::from_secs(60) })?;
     let mesh = match phase {
         Phase::Train => {
             DeviceMesh::new(&world, DeviceType::Cpu, &[args.mesh.0, args.mesh.1], &["replicate", "shard"])?

@@ -1,0 +1,80 @@
+//! All of CI, in order: the cheap and telling first.
+
+use std::process::Command;
+use std::time::Instant;
+
+use crate::{root, surface, tidy};
+
+/// Feature sets that must build and lint clean: the default, none, and each alone.
+const FEATURE_SETS: [&str; 10] = [
+    "--workspace --all-targets",
+    "-p sconce-mesh --all-targets --no-default-features",
+    "-p sconce-mesh --all-targets --no-default-features --features tcp-store",
+    "-p sconce-mesh --all-targets --no-default-features --features candle",
+    "-p sconce-dtensor --no-default-features",
+    "-p sconce-dtensor --no-default-features --features candle",
+    "-p sconce-checkpoint --all-targets --no-default-features",
+    "-p sconce-checkpoint --all-targets --no-default-features --features mmap",
+    "-p sconce-checkpoint --no-default-features --features candle",
+    "-p sconce-fsdp --all-targets",
+];
+
+/// Runs everything; stops at the first failure.
+pub(crate) fn run() -> Result<(), String> {
+    cargo("fmt --all --check", &[])?;
+    tidy::run()?;
+    surface::run()?;
+    for set in FEATURE_SETS {
+        cargo(&format!("clippy {set} -- -D warnings"), &[])?;
+    }
+    cargo("doc --workspace --no-deps", &[("RUSTDOCFLAGS", "-D warnings")])?;
+    let readme = std::fs::read_to_string(root().join("README.md")).map_err(|e| format!("README.md: {e}"))?;
+    let [main_job, tests] = readme_commands(&readme)?;
+    shell(&tests)?;
+    // What the workspace's features hide: the same tests of the crates without candle.
+    cargo("test -p sconce-checkpoint --no-default-features", &[])?;
+    shell(&format!("{main_job} -- --steps 6"))
+}
+
+/// The first two commands of the README's first shell block: the main job and the tests.
+fn readme_commands(readme: &str) -> Result<[String; 2], String> {
+    let block = readme.split("```sh\n").nth(1).and_then(|rest| rest.split("```").next());
+    let mut lines =
+        block.unwrap_or_default().lines().map(str::trim).filter(|line| line.starts_with("cargo "));
+    match (lines.next(), lines.next()) {
+        (Some(main_job), Some(tests)) => Ok([main_job.to_owned(), tests.to_owned()]),
+        _ => Err("README.md: its first ```sh block must hold the two commands".to_owned()),
+    }
+}
+
+fn cargo(arguments: &str, env: &[(&str, &str)]) -> Result<(), String> {
+    let mut command = Command::new(env!("CARGO"));
+    command.args(arguments.split_whitespace()).envs(env.iter().copied());
+    step(&format!("cargo {arguments}"), command)
+}
+
+fn shell(line: &str) -> Result<(), String> {
+    let mut command = Command::new("sh");
+    command.args(["-c", line]);
+    step(line, command)
+}
+
+fn step(what: &str, mut command: Command) -> Result<(), String> {
+    println!("\n==> {what}");
+    let started = Instant::now();
+    let status = command.current_dir(root()).status().map_err(|e| format!("{what}: {e}"))?;
+    println!("==> {:.0} s", started.elapsed().as_secs_f64());
+    if status.success() { Ok(()) } else { Err(format!("{what}: {status}")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_readme_holds_the_two_commands_as_design_names_them() {
+        let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
+        let expected = ["cargo run --release -p sconce-fsdp --example train_hsdp", "cargo test --workspace"];
+        assert_eq!(readme_commands(&readme).unwrap(), expected);
+    }
+}
