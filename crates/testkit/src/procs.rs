@@ -102,8 +102,7 @@ pub fn test_path(path: &'static str) -> &'static str {
 
 /// Declares cases that run on rank processes, each as a test of its own, named `group::case`.
 ///
-/// ```ignore
-/// // A test binary declares it; a documentation test has no test path to run again.
+/// ```text
 /// rank_tests! {
 ///     ranks: 4, deadline: Duration::from_secs(60);
 ///     mod hsdp_checkpoint {

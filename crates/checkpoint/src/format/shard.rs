@@ -4,10 +4,10 @@
 //! Sconce. The header is padded with spaces so that data begin on a page; tensors come by falling element size, so
 //! that each is aligned.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
-use safetensors::tensor::{Metadata, TensorInfo};
 use sconce_dtensor::{DType, TensorBox};
+use serde::Serialize;
 
 use crate::{Error, Result};
 
@@ -35,19 +35,35 @@ pub(crate) fn order<T>(entries: &mut [T], dtype: impl Fn(&T) -> DType) {
     entries.sort_by_key(|entry| std::cmp::Reverse(dtype(entry).size_bytes()));
 }
 
+/// The JSON header of a safetensors file. The safetensors crate would bring eight packages for it; tests read what we
+/// write with that crate.
+#[derive(Serialize)]
+struct Header<'e> {
+    #[serde(rename = "__metadata__")]
+    metadata: BTreeMap<&'static str, String>,
+    #[serde(flatten)]
+    tensors: BTreeMap<&'e str, Info<'e>>,
+}
+
+#[derive(Serialize)]
+struct Info<'e> {
+    dtype: String,
+    shape: &'e [usize],
+    data_offsets: [usize; 2],
+}
+
 /// The file up to its data, and where each of the ordered entries begins in the file.
 pub(crate) fn header(entries: &[Entry]) -> Result<(Vec<u8>, Vec<u64>)> {
-    let (mut infos, mut end) = (Vec::with_capacity(entries.len()), 0);
+    let (mut tensors, mut starts, mut end) = (BTreeMap::new(), Vec::with_capacity(entries.len()), 0);
     for entry in entries {
         let start = end;
         end += entry.bounds.numel() * entry.dtype.size_bytes();
-        let (dtype, shape) = (safetensors_dtype(entry.dtype), entry.bounds.sizes.clone());
-        infos.push((entry.fqn.clone(), TensorInfo { dtype, shape, data_offsets: (start, end) }));
+        // safetensors names dtypes as we do, in capitals.
+        let dtype = entry.dtype.name().to_uppercase();
+        tensors.insert(&*entry.fqn, Info { dtype, shape: &entry.bounds.sizes, data_offsets: [start, end] });
+        starts.push(start);
     }
-    let starts: Vec<usize> = infos.iter().map(|(_, info)| info.data_offsets.0).collect();
-    let failed = |cause: String| Error::Tensor { fqn: String::new(), cause };
-    let metadata = Metadata::new(Some(torch_metadata(entries)?), infos).map_err(|e| failed(e.to_string()))?;
-    let mut json = serde_json::to_vec(&metadata).map_err(|e| failed(e.to_string()))?;
+    let mut json = to_json(&Header { metadata: torch_metadata(entries)?, tensors })?;
     json.resize((json.len() + 8).next_multiple_of(ALIGN_BYTES) - 8, b' ');
     let data = (json.len() + 8) as u64;
     let bytes = [&(json.len() as u64).to_le_bytes()[..], &json].concat();
@@ -55,29 +71,15 @@ pub(crate) fn header(entries: &[Entry]) -> Result<(Vec<u8>, Vec<u64>)> {
 }
 
 /// What torch's reader looks for: the format, and where in its tensor each entry was.
-fn torch_metadata(entries: &[Entry]) -> Result<HashMap<String, String>> {
+fn torch_metadata(entries: &[Entry]) -> Result<BTreeMap<&'static str, String>> {
     let offsets = |entry: &Entry| BTreeMap::from([("saved_offsets", entry.bounds.offsets.clone())]);
     let info: BTreeMap<&str, _> = entries.iter().map(|entry| (&*entry.fqn, offsets(entry))).collect();
-    let info = serde_json::to_string(&info)
-        .map_err(|e| Error::Tensor { fqn: String::new(), cause: e.to_string() })?;
-    Ok(HashMap::from([
-        ("format".to_owned(), "pt".to_owned()),
-        ("DCP_VERSION".to_owned(), "1.0".to_owned()),
-        ("DCP_SHARDING_INFO".to_owned(), info),
-    ]))
+    let info = String::from_utf8_lossy(&to_json(&info)?).into_owned();
+    let entries =
+        [("format", "pt".to_owned()), ("DCP_VERSION", "1.0".to_owned()), ("DCP_SHARDING_INFO", info)];
+    Ok(BTreeMap::from(entries))
 }
 
-fn safetensors_dtype(dtype: DType) -> safetensors::Dtype {
-    match dtype {
-        DType::U8 => safetensors::Dtype::U8,
-        DType::I8 => safetensors::Dtype::I8,
-        DType::I16 => safetensors::Dtype::I16,
-        DType::I32 => safetensors::Dtype::I32,
-        DType::I64 => safetensors::Dtype::I64,
-        DType::U32 => safetensors::Dtype::U32,
-        DType::F16 => safetensors::Dtype::F16,
-        DType::BF16 => safetensors::Dtype::BF16,
-        DType::F32 => safetensors::Dtype::F32,
-        DType::F64 => safetensors::Dtype::F64,
-    }
+fn to_json(value: &impl Serialize) -> Result<Vec<u8>> {
+    serde_json::to_vec(value).map_err(|e| Error::Tensor { fqn: String::new(), cause: e.to_string() })
 }
