@@ -11,8 +11,8 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use sconce_checkpoint::{
-    Access, BLOCK_BYTES, Error, LoadOptions, MANIFEST_NAME, SaveOptions, load, load_new, load_with,
-    read_metadata, save, save_with,
+    BLOCK_BYTES, Error, LoadOptions, MANIFEST_NAME, SaveOptions, load, load_new, load_with, read_metadata,
+    save, save_with,
 };
 use sconce_dtensor::{DType, LocalTensor, StateDict, TensorBox, TensorBuf, Value};
 
@@ -75,7 +75,7 @@ fn mapped_reads_load_the_same() {
     save(&path, &rich_state(1)).unwrap();
     let mut loaded = rich_state(2);
     // SAFETY: nothing else writes to this test's own directory.
-    let access = unsafe { Access::mapped() };
+    let access = unsafe { sconce_checkpoint::Access::mapped() };
     load_with(&path, &mut loaded, LoadOptions { access, ..LoadOptions::default() }).unwrap();
     assert_eq!(contents(&loaded), contents(&rich_state(1)));
 }

@@ -1,7 +1,7 @@
 //! The contract of every store, and what only the TCP store can get wrong.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::*;
 
@@ -49,6 +49,7 @@ fn a_store_in_memory_keeps_the_contract() {
 mod tcp {
     use std::io::{Read, Write};
     use std::net::TcpStream;
+    use std::time::Instant;
 
     use super::*;
     use crate::{TcpStore, TcpStoreServer};
