@@ -89,7 +89,11 @@ mod tcp {
                 .and_then(|()| bad.shutdown(std::net::Shutdown::Write))
                 .and_then(|()| bad.read_to_end(&mut answer));
             if let Err(error) = ended {
-                assert_ne!(error.kind(), std::io::ErrorKind::WouldBlock, "still open after {LONG:?}: {bytes:?}");
+                assert_ne!(
+                    error.kind(),
+                    std::io::ErrorKind::WouldBlock,
+                    "still open after {LONG:?}: {bytes:?}"
+                );
             }
             assert!(answer.is_empty(), "{bytes:?}");
         }
