@@ -3,17 +3,20 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a task talks to the person who started it")]
 
+mod bench;
 mod check;
 mod surface;
 mod tidy;
 
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: cargo xtask check | tidy | surface";
+const USAGE: &str = "usage: cargo xtask check | tidy | surface | bench";
 
 fn main() -> ExitCode {
-    let task = std::env::args().nth(1).unwrap_or_default();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let task = arguments.first().cloned().unwrap_or_default();
     let outcome = match task.as_str() {
+        "bench" => bench::run(&arguments[1..]),
         "check" => check::run(),
         "tidy" => tidy::run(),
         "surface" => surface::run(),
