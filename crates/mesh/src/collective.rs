@@ -9,6 +9,8 @@
 
 mod check;
 mod objects;
+mod p2p;
+mod rooted;
 
 use self::check::{in_group, len_is, n_counts, total};
 use crate::backend::{Call, CallName};
@@ -34,7 +36,8 @@ impl ProcessGroup {
     /// `torch.distributed.broadcast`, but `root` is a group rank.
     pub fn broadcast<T: Element>(&self, buffer: &mut [T], root: GroupRank) -> Result<()> {
         in_group("broadcast", root, self.size())?;
-        self.backend().broadcast(call::<T>(CallName::Broadcast), bytemuck::cast_slice_mut(buffer), root)
+        let call = Call::rooted(CallName::Broadcast, T::DTYPE, root);
+        self.backend().broadcast(call, bytemuck::cast_slice_mut(buffer), root)
     }
 
     /// Replaces the buffer by the reduction of all ranks' buffers, with the same bits on every rank.
@@ -239,7 +242,7 @@ impl ProcessGroup {
 }
 
 fn call<T: Element>(name: CallName) -> Call {
-    Call { name, dtype: T::DTYPE }
+    Call::new(name, T::DTYPE)
 }
 
 /// Counts of elements that exist as slices, so that the products fit.

@@ -17,6 +17,7 @@ mod store;
 #[cfg(feature = "candle")]
 mod tensor;
 mod token;
+mod work;
 
 pub use device_mesh::{DeviceMesh, DeviceType};
 pub use dtype::{DType, Element};
@@ -27,8 +28,9 @@ pub use launcher::{RankExit, RankOutput, RankProcesses, die_with_parent};
 pub use process_group::{GroupOptions, ProcessGroup};
 pub use rank::{GroupRank, Rank};
 pub use reduce_op::ReduceOp;
-pub use store::{MemoryStore, Store};
+pub use store::{FileStore, MemoryStore, Store};
 #[cfg(feature = "tcp-store")]
 pub use store::{TcpStore, TcpStoreServer};
 #[cfg(feature = "candle")]
 pub use tensor::{cpu_bytes, cpu_bytes_mut};
+pub use work::Work;

@@ -4,12 +4,13 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::backend::local::{Endpoint, LocalWorld, Membership};
 use crate::backend::solo::Solo;
 use crate::backend::{Backend, CallName};
+use crate::work::Progress;
 use crate::{Error, GroupRank, Rank, Result, Store};
 
 /// How a world's groups behave.
@@ -50,6 +51,20 @@ struct Group {
     ranks: Arc<[Rank]>,
     group_rank: GroupRank,
     backend: Box<dyn Backend>,
+    progress: Progress,
+}
+
+/// One direction between two ranks: its works in order, and its group once both have come.
+#[derive(Default)]
+pub(crate) struct Lane {
+    progress: Progress,
+    group: OnceLock<Arc<Group>>,
+}
+
+impl Lane {
+    pub(crate) fn progress(&self) -> &Progress {
+        &self.progress
+    }
 }
 
 /// What all groups of one rank's world share.
@@ -60,6 +75,8 @@ struct World {
     local: Option<LocalWorld>,
     /// Every group made so far. A group lives as long as the world, so that all ranks agree on whether it exists.
     groups: Mutex<HashMap<Arc<[Rank]>, Arc<Group>>>,
+    /// Directions used so far, by sender and receiver.
+    lanes: Mutex<HashMap<(Rank, Rank), Arc<Lane>>>,
 }
 
 impl ProcessGroup {
@@ -128,8 +145,7 @@ impl ProcessGroup {
 
     fn solo(options: GroupOptions) -> ProcessGroup {
         let backend = Box::new(Solo::new("world".into(), Rank(0)));
-        let group =
-            Group { name: "world".into(), ranks: Arc::new([Rank(0)]), group_rank: GroupRank(0), backend };
+        let group = Group::new("world".into(), Arc::new([Rank(0)]), GroupRank(0), backend);
         Self::with_world(None, group, 1, options)
     }
 
@@ -145,7 +161,8 @@ impl ProcessGroup {
     ) -> ProcessGroup {
         let group = Arc::new(group);
         let groups = Mutex::new(HashMap::from([(Arc::clone(&group.ranks), Arc::clone(&group))]));
-        ProcessGroup { group, world: Arc::new(World { size, options, local, groups }) }
+        let lanes = Mutex::default();
+        ProcessGroup { group, world: Arc::new(World { size, options, local, groups, lanes }) }
     }
 
     /// This rank in the world.
@@ -231,6 +248,31 @@ impl ProcessGroup {
         Ok(Some(self.sibling(group)))
     }
 
+    /// The direction from one rank of this group to another; `None` if the group lacks one or they are the same.
+    pub(crate) fn lane(&self, from: GroupRank, to: GroupRank) -> Option<Arc<Lane>> {
+        let ends = (*self.ranks().get(from.0)?, *self.ranks().get(to.0)?);
+        let mut lanes = self.world.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        (from != to).then(|| Arc::clone(lanes.entry(ends).or_default()))
+    }
+
+    /// The group of the two ends of `lane`, once the works issued on it before are done.
+    pub(crate) fn channel(&self, lane: &Lane, from: GroupRank, to: GroupRank) -> Result<ProcessGroup> {
+        lane.progress.settle();
+        if let Some(group) = lane.group.get() {
+            return Ok(self.sibling(Arc::clone(group)));
+        }
+        let Some(local) = &self.world.local else { unreachable!("a world of one has no other rank") };
+        let (from, to) = (self.ranks()[from.0], self.ranks()[to.0]);
+        let membership = Membership {
+            group: format!("{from} to {to}"),
+            ranks: [from, to].into(),
+            group_rank: usize::from(self.rank() == to),
+            timeout: self.timeout(),
+        };
+        let group = Arc::new(Group::of_endpoint(local.channel(membership)?));
+        Ok(self.sibling(Arc::clone(lane.group.get_or_init(|| group))))
+    }
+
     fn sibling(&self, group: Arc<Group>) -> ProcessGroup {
         ProcessGroup { group, world: Arc::clone(&self.world) }
     }
@@ -287,8 +329,14 @@ impl ProcessGroup {
         }
     }
 
+    /// What carries calls out, once those issued before are done.
     pub(crate) fn backend(&self) -> &dyn Backend {
+        self.group.progress.settle();
         &*self.group.backend
+    }
+
+    pub(crate) fn progress(&self) -> &Progress {
+        &self.group.progress
     }
 }
 
@@ -303,13 +351,13 @@ impl fmt::Debug for ProcessGroup {
 }
 
 impl Group {
+    fn new(name: String, ranks: Arc<[Rank]>, group_rank: GroupRank, backend: Box<dyn Backend>) -> Group {
+        Group { name, ranks, group_rank, backend, progress: Progress::default() }
+    }
+
     fn of_endpoint(endpoint: Endpoint) -> Group {
-        Group {
-            name: endpoint.name().into(),
-            ranks: endpoint.ranks(),
-            group_rank: endpoint.group_rank(),
-            backend: Box::new(endpoint),
-        }
+        let (name, ranks, group_rank) = (endpoint.name().into(), endpoint.ranks(), endpoint.group_rank());
+        Group::new(name, ranks, group_rank, Box::new(endpoint))
     }
 }
 
@@ -341,7 +389,7 @@ impl World {
             }
             _ => {
                 let backend = Box::new(Solo::new(group.clone(), rank));
-                Ok(Group { name: group, ranks, group_rank: GroupRank(0), backend })
+                Ok(Group::new(group, ranks, GroupRank(0), backend))
             }
         }
     }

@@ -3,10 +3,12 @@
 //! It carries addresses, tokens and names, not tensors. Implementations are below `store/`.
 
 mod entries;
+mod file;
 mod memory;
 #[cfg(feature = "tcp-store")]
 mod tcp;
 
+pub use file::FileStore;
 pub use memory::MemoryStore;
 #[cfg(feature = "tcp-store")]
 pub use tcp::{TcpStore, TcpStoreServer};
@@ -45,6 +47,9 @@ pub trait Store: Send + Sync {
 
     /// Removes `key`; false if it was not there.
     fn delete(&self, key: &str) -> Result<bool>;
+
+    /// The keys that begin with `prefix`, sorted.
+    fn list(&self, prefix: &str) -> Result<Vec<String>>;
 }
 
 /// Waits for the keys one after the other under one deadline.

@@ -1,6 +1,6 @@
 //! What a collective is called, for comparison between ranks and for error messages.
 
-use crate::DType;
+use crate::{DType, GroupRank};
 
 /// Name of a collective as the user called it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,11 +18,15 @@ pub(crate) enum CallName {
     ScatterObject,
     BroadcastObject,
     Subgroups,
+    Reduce,
+    Gather,
+    Scatter,
+    SendRecv,
 }
 
 impl CallName {
     /// Every name at the index of its discriminant.
-    const ALL: [CallName; 12] = [
+    const ALL: [CallName; 16] = [
         CallName::Barrier,
         CallName::Broadcast,
         CallName::AllReduce,
@@ -35,6 +39,10 @@ impl CallName {
         CallName::ScatterObject,
         CallName::BroadcastObject,
         CallName::Subgroups,
+        CallName::Reduce,
+        CallName::Gather,
+        CallName::Scatter,
+        CallName::SendRecv,
     ];
 
     /// The method's name.
@@ -52,6 +60,10 @@ impl CallName {
             CallName::ScatterObject => "scatter_object",
             CallName::BroadcastObject => "broadcast_object",
             CallName::Subgroups => "subgroups",
+            CallName::Reduce => "reduce",
+            CallName::Gather => "gather",
+            CallName::Scatter => "scatter",
+            CallName::SendRecv => "send_recv",
         }
     }
 
@@ -61,11 +73,23 @@ impl CallName {
     }
 }
 
-/// A collective's name and the dtype of its elements.
+/// A collective's name, the dtype of its elements, and its root if it has one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Call {
     pub(crate) name: CallName,
     pub(crate) dtype: DType,
+    pub(crate) root: Option<GroupRank>,
+}
+
+impl Call {
+    /// A call without a root.
+    pub(crate) const fn new(name: CallName, dtype: DType) -> Self {
+        Call { name, dtype, root: None }
+    }
+
+    pub(crate) const fn rooted(name: CallName, dtype: DType, root: GroupRank) -> Self {
+        Call { name, dtype, root: Some(root) }
+    }
 }
 
 #[cfg(test)]
@@ -78,6 +102,6 @@ mod tests {
             assert_eq!(*name as usize, code);
             assert_eq!(CallName::from_code(code as u64), Some(*name));
         }
-        assert_eq!(CallName::from_code(12), None);
+        assert_eq!(CallName::from_code(16), None);
     }
 }

@@ -26,6 +26,7 @@ pub(crate) use self::exchange::Endpoint;
 use self::ffi::Mapping;
 use self::fingerprint::Fingerprint;
 use self::liveness::Watch;
+use self::rendezvous::Joined;
 use self::segment::Geometry;
 use super::{Backend, Call, CallName};
 use crate::{Error, GroupRank, Rank, ReduceOp, Result, Store};
@@ -40,7 +41,8 @@ pub(crate) struct LocalWorld {
 enum Home {
     /// Segments by group name; they live as long as the world.
     Threads(Arc<Mutex<HashMap<String, Arc<Mapping>>>>),
-    Processes,
+    /// The world's address, from which those of channels follow.
+    Processes(String),
 }
 
 /// What a rank must know of a group to join it.
@@ -77,10 +79,10 @@ impl LocalWorld {
     /// `Timeout` naming who is missing, `PeerLost`, `Store`, `Backend`.
     pub(crate) fn join(store: &dyn Store, world: Membership) -> Result<(LocalWorld, Endpoint)> {
         let rank = world.ranks[world.group_rank];
-        let (mapping, pidfds) = rendezvous::join(store, &world)?;
+        let Joined { mapping, pidfds, secret } = rendezvous::join(store, &world)?;
         let watch = Arc::new(Watch::new(Arc::clone(&mapping), rank, pidfds));
         let endpoint = world.endpoint(mapping, Arc::clone(&watch))?;
-        Ok((LocalWorld { watch, home: Home::Processes }, endpoint))
+        Ok((LocalWorld { watch, home: Home::Processes(secret) }, endpoint))
     }
 
     /// A world whose ranks are threads of this process, one entry a rank.
@@ -99,7 +101,7 @@ impl LocalWorld {
     pub(crate) fn offer(&self) -> Result<Option<Offer>> {
         match self.home {
             Home::Threads(_) => Ok(None),
-            Home::Processes => Offer::open().map(Some),
+            Home::Processes(_) => Offer::open().map(Some),
         }
     }
 
@@ -110,11 +112,38 @@ impl LocalWorld {
     pub(crate) fn group(&self, group: Membership, offer: Option<Offer>, address: &str) -> Result<Endpoint> {
         let mapping = match (&self.home, offer) {
             (Home::Threads(segments), _) => shared(segments, &group)?,
-            (Home::Processes, Some(offer)) => rendezvous::lead(&offer, &group, &self.watch)?,
-            (Home::Processes, None) => rendezvous::follow(address, &group, &self.watch)?,
+            (Home::Processes(_), Some(offer)) => rendezvous::lead(&offer, &group, &self.watch)?,
+            (Home::Processes(_), None) => rendezvous::follow(address, &group, &self.watch)?,
         };
         group.endpoint(mapping, Arc::clone(&self.watch))
     }
+}
+
+impl LocalWorld {
+    /// Opens the channel between the two ranks of `channel`, of which the first sends.
+    ///
+    /// # Errors
+    /// `Timeout` if the other rank does not come; `PeerLost`, `Backend`.
+    pub(crate) fn channel(&self, channel: Membership) -> Result<Endpoint> {
+        let mapping = match &self.home {
+            Home::Threads(segments) => shared(segments, &channel)?,
+            Home::Processes(secret) => {
+                let address = channel_address(secret, channel.ranks[0], channel.ranks[1]);
+                if channel.group_rank == 0 {
+                    rendezvous::lead(&Offer::at(&address)?, &channel, &self.watch)?
+                } else {
+                    rendezvous::follow_channel(&address, &channel, &self.watch)?
+                }
+            }
+        };
+        channel.endpoint(mapping, Arc::clone(&self.watch))
+    }
+}
+
+/// The world's address with the two ranks in its name.
+fn channel_address(secret: &str, from: Rank, to: Rank) -> String {
+    let (name, token) = secret.split_once(' ').unwrap_or((secret, ""));
+    format!("{name}-{from}-{to} {token}")
 }
 
 impl Drop for LocalWorld {
@@ -150,10 +179,7 @@ impl Backend for Endpoint {
 
     fn broadcast(&self, call: Call, buffer: &mut [u8], root: GroupRank) -> Result<()> {
         let bytes = buffer.len();
-        self.run(
-            |seq| Fingerprint::new(seq, call, bytes).with_root(root),
-            |x| rounds::broadcast(x, buffer, root.0),
-        )
+        self.run(|seq| Fingerprint::new(seq, call, bytes), |x| rounds::broadcast(x, buffer, root.0))
     }
 
     fn all_reduce(&self, call: Call, buffer: &mut [u8], op: ReduceOp) -> Result<()> {

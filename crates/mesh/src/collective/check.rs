@@ -2,7 +2,7 @@
 
 use crate::{Error, GroupRank, Result};
 
-fn invalid(op: &'static str, what: &str, expected: String, got: impl ToString) -> Error {
+pub(super) fn invalid(op: &'static str, what: &str, expected: String, got: impl ToString) -> Error {
     Error::InvalidArgument { op, what: what.into(), expected, got: got.to_string() }
 }
 

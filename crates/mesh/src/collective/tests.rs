@@ -473,3 +473,95 @@ fn wrong_arguments_are_refused_before_anything_is_sent() {
     let text = ProcessGroup::single().all_gather_into(&[1u8, 2], &mut [0]).unwrap_err().to_string();
     assert_eq!(text, "all_gather_into: length of output: expected 2, got 1");
 }
+
+#[test]
+fn the_root_alone_gets_reductions_and_gathered_parts_and_scatters_its_own() {
+    for ranks in WORLDS {
+        run(ranks, |group| {
+            let me = group.rank().0;
+            for (root, len) in (0..ranks).flat_map(|root| SIZES.map(|len| (root, len))) {
+                let root = GroupRank(root);
+                let is_root = group.group_rank() == root;
+                let mine = input(me, len, f64::from);
+                let mut output = vec![-1.0; len];
+                group.reduce(&mine, is_root.then_some(&mut output[..]), ReduceOp::Sum, root).unwrap();
+                let sum = |i| reduced(ReduceOp::Sum, ranks, i, f64::from, |_, _| 0.0);
+                let expected = (0..len).map(|i| if is_root { sum(i) } else { -1.0 });
+                assert!(output.into_iter().eq(expected), "reduce to {root} of {ranks} x {len}");
+
+                // Uneven, and empty on rank 1.
+                let counts: Vec<usize> = (0..ranks).map(|g| if g == 1 { 0 } else { len / (g + 1) }).collect();
+                let all: Vec<i32> = (0..ranks).flat_map(|g| input(g, counts[g], |v| v)).collect();
+                let mine = input(me, counts[me], |v| v);
+                let mut gathered = vec![-1; all.len()];
+                group.gather(&mine, &counts, is_root.then_some(&mut gathered[..]), root).unwrap();
+                assert!(!is_root || gathered == all, "gather to {root} of {counts:?}");
+
+                let mut part = vec![-1; counts[me]];
+                group.scatter(is_root.then_some(&all[..]), &counts, &mut part, root).unwrap();
+                assert!(part == mine, "scatter from {root} of {counts:?}");
+            }
+        });
+    }
+}
+
+#[test]
+fn roots_that_differ_are_a_mismatch_and_buffers_in_the_wrong_place_are_refused() {
+    run(2, |group| {
+        let me = group.group_rank();
+        let text = group.reduce(&[1u8], Some(&mut [0]), ReduceOp::Sum, me).unwrap_err().to_string();
+        assert!(text.contains("reduce(sum, root 0, u8") && text.contains("root 1"), "{text}");
+    });
+    run(2, |group| {
+        let is_root = group.rank() == Rank(0);
+        let mut output = [0u8];
+        let output = (!is_root).then_some(&mut output[..]);
+        let refused = group.reduce(&[1u8], output, ReduceOp::Sum, GroupRank(0)).unwrap_err();
+        assert!(matches!(refused, Error::InvalidArgument { op: "reduce", .. }), "{refused}");
+        assert_eq!(group.failure(), None);
+    });
+}
+
+/// A call that differs from others in one thing: op, dtype, size, root or reduction.
+fn odd_call(group: &ProcessGroup, kind: usize) -> Result<()> {
+    let (mut bytes, mut floats, mut all) = ([1u8; 12], [1f32; 3], [0f32; 12]);
+    let all = &mut all[..3 * group.size()];
+    match kind {
+        0 => group.all_reduce(&mut floats, ReduceOp::Sum),
+        1 => group.all_reduce(&mut floats, ReduceOp::Max),
+        2 => group.all_reduce(&mut floats[..2], ReduceOp::Sum),
+        3 => group.all_reduce(&mut bytes, ReduceOp::Sum),
+        4 => group.broadcast(&mut floats, GroupRank(0)),
+        5 => group.broadcast(&mut floats, GroupRank(1)),
+        6 => group.all_gather_into(&floats, all),
+        7 => group.reduce_scatter(all, &mut floats, ReduceOp::Sum),
+        8 => group.all_to_all(&all.to_vec(), all),
+        9 => group.all_gather_object(&bytes).map(drop),
+        _ => group.barrier(),
+    }
+}
+
+#[test]
+fn five_hundred_mismatched_programs_end_in_one_mismatch_that_names_both_sides() {
+    let mut state = 1u64;
+    let mut next = |limit: usize| {
+        // Knuth's multiplier; the high bits are random enough to choose from a list.
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % limit
+    };
+    for program in 0..500 {
+        let ranks = 2 + next(3);
+        let (common, odd_rank, agreed) = (next(11), next(ranks), next(4));
+        let odd = (common + 1 + next(10)) % 11;
+        let answers = run(ranks, |group| {
+            (0..agreed).for_each(|_| odd_call(group, common).unwrap());
+            odd_call(group, if group.rank().0 == odd_rank { odd } else { common }).unwrap_err()
+        });
+        let Error::Mismatch { expected_rank, got_rank, expected, got, .. } = &answers[0] else {
+            panic!("program {program}: {}", answers[0])
+        };
+        assert!(answers.iter().all(|answer| *answer == answers[0]), "program {program}: {answers:?}");
+        assert!([*expected_rank, *got_rank].contains(&Rank(odd_rank)), "program {program}");
+        assert_ne!(expected, got, "program {program}");
+    }
+}

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::entries::{add, compare_set};
+use super::entries::{add, compare_set, list};
 use crate::{Error, Result, Store};
 
 /// A store that all clones share.
@@ -72,5 +72,9 @@ impl Store for MemoryStore {
 
     fn delete(&self, key: &str) -> Result<bool> {
         Ok(self.change(|entries| entries.remove(key).is_some()))
+    }
+
+    fn list(&self, prefix: &str) -> Result<Vec<String>> {
+        Ok(list(&self.lock(), prefix))
     }
 }

@@ -35,6 +35,11 @@ fn check_contract(a: Arc<dyn Store>, b: Arc<dyn Store>) {
         a.set("later", b"now").unwrap();
         assert_eq!(waiting.join().unwrap().unwrap(), b"now");
     });
+    for key in ["list/b", "list/a", "list"] {
+        a.set(key, b"").unwrap();
+    }
+    assert_eq!(b.list("list/").unwrap(), ["list/a", "list/b"]);
+    assert!(b.list("nothing").unwrap().is_empty());
     assert_eq!(b.add("n", -400).unwrap(), 0);
     assert_eq!(b.get("n", SHORT).unwrap(), b"0");
 }
@@ -43,6 +48,20 @@ fn check_contract(a: Arc<dyn Store>, b: Arc<dyn Store>) {
 fn a_store_in_memory_keeps_the_contract() {
     let store = MemoryStore::new();
     check_contract(Arc::new(store.clone()), Arc::new(store));
+}
+
+#[test]
+fn a_store_in_a_directory_keeps_the_contract() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = || Arc::new(FileStore::open(dir.path().join("store")).unwrap());
+    check_contract(open(), open());
+}
+
+#[test]
+fn a_directory_that_cannot_be_is_named() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let error = FileStore::open(file.path().join("store")).unwrap_err().to_string();
+    assert!(error.contains(&*file.path().to_string_lossy()), "{error}");
 }
 
 #[cfg(feature = "tcp-store")]
@@ -116,17 +135,24 @@ mod tcp {
     }
 
     #[test]
-    fn two_hundred_clients_meet() {
+    fn a_thousand_clients_meet() {
+        const CLIENTS: i64 = 1000;
+        // Both ends of each connection are in this process.
+        let limits = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        let all = rustix::process::Rlimit { current: limits.maximum, ..limits };
+        rustix::process::setrlimit(rustix::process::Resource::Nofile, all).unwrap();
+
         let server = server();
+        let stores: Vec<TcpStore> = (0..CLIENTS).map(|_| client(&server)).collect();
         std::thread::scope(|scope| {
-            for _ in 0..200 {
-                scope.spawn(|| {
-                    let store = client(&server);
-                    if store.add("here", 1).unwrap() == 200 {
+            for store in &stores {
+                let meet = || {
+                    if store.add("here", 1).unwrap() == CLIENTS {
                         store.set("all", b"").unwrap();
                     }
                     store.get("all", LONG).unwrap();
-                });
+                };
+                std::thread::Builder::new().stack_size(128 << 10).spawn_scoped(scope, meet).unwrap();
             }
         });
     }

@@ -2,96 +2,17 @@
 
 #![allow(clippy::unwrap_used, reason = "test code: clippy knows it only inside `#[test]` functions")]
 
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sconce_mesh::{Error, GroupOptions, ProcessGroup, Rank, Result, Store};
+use sconce_mesh::{FileStore, GroupOptions, ProcessGroup, Rank, Result, Store};
 
 const RANK: &str = "SCONCE_TEST_RANK";
 const DIR: &str = "SCONCE_TEST_DIR";
 /// Far longer than any test takes; a rank that hangs is killed then.
 const DEADLINE: Duration = Duration::from_secs(60);
-
-/// A store in a directory: one file a key.
-pub(crate) struct FileStore {
-    dir: PathBuf,
-}
-
-impl FileStore {
-    pub(crate) fn new(dir: &Path) -> Self {
-        FileStore { dir: dir.to_owned() }
-    }
-
-    fn path(&self, key: &str) -> PathBuf {
-        self.dir.join(key.replace('/', "+"))
-    }
-
-    fn read(&self, key: &str) -> Option<Vec<u8>> {
-        fs::read(self.path(key)).ok()
-    }
-
-    fn write(&self, key: &str, value: &[u8]) {
-        let beside = self.dir.join(format!("{}.{}", key.replace('/', "+"), std::process::id()));
-        fs::write(&beside, value).unwrap();
-        fs::rename(beside, self.path(key)).unwrap();
-    }
-
-    fn locked<R>(&self, body: impl FnOnce() -> R) -> R {
-        let lock = File::create(self.dir.join("lock")).unwrap();
-        lock.lock().unwrap();
-        body()
-    }
-}
-
-impl Store for FileStore {
-    fn set(&self, key: &str, value: &[u8]) -> Result<()> {
-        self.write(key, value);
-        Ok(())
-    }
-
-    fn get(&self, key: &str, timeout: Duration) -> Result<Vec<u8>> {
-        let started = Instant::now();
-        loop {
-            if let Some(value) = self.read(key) {
-                return Ok(value);
-            }
-            if started.elapsed() >= timeout {
-                return Err(Error::Store { op: "get", key: key.into(), cause: "timed out".into() });
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    fn add(&self, key: &str, delta: i64) -> Result<i64> {
-        Ok(self.locked(|| {
-            let old = self.read(key).map_or(0, |value| String::from_utf8(value).unwrap().parse().unwrap());
-            self.write(key, (old + delta).to_string().as_bytes());
-            old + delta
-        }))
-    }
-
-    fn compare_set(&self, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>> {
-        Ok(self.locked(|| {
-            let held = self.read(key).unwrap_or_default();
-            if held == expected {
-                self.write(key, desired);
-                return desired.to_vec();
-            }
-            held
-        }))
-    }
-
-    fn wait(&self, keys: &[&str], timeout: Duration) -> Result<()> {
-        keys.iter().try_for_each(|key| self.get(key, timeout).map(drop))
-    }
-
-    fn delete(&self, key: &str) -> Result<bool> {
-        Ok(fs::remove_file(self.path(key)).is_ok())
-    }
-}
 
 /// What a rank's body gets.
 pub(crate) struct RankProcess {
@@ -167,7 +88,7 @@ impl Drop for Procs {
 /// `name` is the test's own name, by which the processes find their way back here.
 pub(crate) fn procs(name: &str, ranks: &[usize], body: impl FnOnce(RankProcess)) -> Option<Procs> {
     if let (Ok(rank), Ok(dir)) = (std::env::var(RANK), std::env::var(DIR)) {
-        let store = Arc::new(FileStore::new(Path::new(&dir)));
+        let store = Arc::new(file_store(Path::new(&dir)));
         body(RankProcess { rank: Rank(rank.parse().unwrap()), store });
         return None;
     }
@@ -181,5 +102,9 @@ pub(crate) fn procs(name: &str, ranks: &[usize], body: impl FnOnce(RankProcess))
             .unwrap()
     };
     let children = ranks.iter().map(start).collect();
-    Some(Procs { children, store: FileStore::new(dir.path()), _dir: dir })
+    Some(Procs { children, store: file_store(dir.path()), _dir: dir })
+}
+
+fn file_store(dir: &Path) -> FileStore {
+    FileStore::open(dir).unwrap()
 }

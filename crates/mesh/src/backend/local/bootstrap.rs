@@ -27,6 +27,8 @@ use crate::{Error, Rank};
 
 const HELLO_LEN: usize = TOKEN_LEN + 4;
 const SLICE: Duration = Duration::from_millis(20);
+/// Pause between two looks whether a door is open.
+const RETRY: Duration = Duration::from_millis(1);
 
 /// Why a rendezvous ended early. The caller knows the ranks and the names for an [`Error`].
 pub(super) enum Stop {
@@ -44,6 +46,8 @@ pub(super) enum Stop {
 pub(super) struct Patience<'a> {
     pub(super) deadline: Option<Instant>,
     pub(super) watch: Option<&'a Watch>,
+    /// Ranks without which nothing comes of it; who departed is as good as lost.
+    pub(super) needed: &'a [Rank],
 }
 
 impl Patience<'_> {
@@ -52,12 +56,17 @@ impl Patience<'_> {
         self.deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()))
     }
 
+    /// Fails if somebody that is waited for is gone.
+    fn check(&self) -> Result<(), Stop> {
+        let Some(watch) = self.watch else { return Ok(()) };
+        let departed = || self.needed.iter().copied().find(|rank| watch.has_departed(*rank));
+        watch.look().or_else(departed).map_or(Ok(()), |rank| Err(Stop::Lost(rank)))
+    }
+
     /// Waits until `fd` can be read.
     fn readable(&self, fd: &impl AsFd) -> Result<(), Stop> {
         loop {
-            if let Some(rank) = self.watch.and_then(Watch::look) {
-                return Err(Stop::Lost(rank));
-            }
+            self.check()?;
             let left = self.left();
             let slice = Timespec { tv_sec: 0, tv_nsec: left.min(SLICE).subsec_nanos().into() };
             match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&slice)) {
@@ -86,12 +95,16 @@ pub(super) struct Guest {
 
 impl Offer {
     pub(super) fn open() -> Result<Self, Error> {
-        let name = format!("sconce-mesh-{}", random_hex()?);
-        let token = random_hex()?;
-        let address = SocketAddr::from_abstract_name(&name).map_err(|error| system("socket name", error))?;
+        Self::at(&format!("sconce-mesh-{} {}", random_hex()?, random_hex()?))
+    }
+
+    /// Opens the door at an address that the members know already.
+    pub(super) fn at(address: &str) -> Result<Self, Error> {
+        let (name, token) = split(address);
+        let address = SocketAddr::from_abstract_name(name).map_err(|error| system("socket name", error))?;
         let listener = UnixListener::bind_addr(&address).map_err(|error| system("bind", error))?;
         listener.set_nonblocking(true).map_err(|error| system("listen", error))?;
-        Ok(Offer { listener, name, token })
+        Ok(Offer { listener, name: name.to_owned(), token: token.to_owned() })
     }
 
     /// What members need to find the door and to be let in.
@@ -158,7 +171,7 @@ pub(super) fn fetch(
     expected: usize,
     patience: &Patience<'_>,
 ) -> Result<Vec<OwnedFd>, Stop> {
-    let (name, token) = address.split_once(' ').unwrap_or((address, ""));
+    let (name, token) = split(address);
     let address =
         SocketAddr::from_abstract_name(name).map_err(|error| Stop::System(system("socket name", error)))?;
     let stream = UnixStream::connect_addr(&address).map_err(|_| Stop::Closed)?;
@@ -182,6 +195,28 @@ pub(super) fn fetch(
     Ok(fds)
 }
 
+/// [`fetch`] from a door that may not be open yet.
+pub(super) fn fetch_when_open(
+    address: &str,
+    group_rank: usize,
+    expected: usize,
+    patience: &Patience<'_>,
+) -> Result<Vec<OwnedFd>, Stop> {
+    let own: [OwnedFd; 0] = [];
+    loop {
+        match fetch(address, group_rank, &own, expected, patience) {
+            Err(Stop::Closed) if patience.left().is_zero() => return Err(Stop::Deadline),
+            Err(Stop::Closed) => patience.check().map(|()| std::thread::sleep(RETRY))?,
+            done => return done,
+        }
+    }
+}
+
+/// Name and token of an address.
+fn split(address: &str) -> (&str, &str) {
+    address.split_once(' ').unwrap_or((address, ""))
+}
+
 /// Whether accepting may succeed at the next try: the one who knocked has gone again.
 fn is_passing(error: &std::io::Error) -> bool {
     use std::io::ErrorKind;
@@ -193,7 +228,7 @@ mod tests {
     use super::*;
 
     fn patience() -> Patience<'static> {
-        Patience { deadline: Instant::now().checked_add(Duration::from_secs(60)), watch: None }
+        Patience { deadline: Instant::now().checked_add(Duration::from_secs(60)), watch: None, needed: &[] }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Fingerprint: what a rank called, in the words that all ranks compare before they touch the data. Pure.
 
 use crate::backend::{Call, CallName};
-use crate::{DType, GroupRank, ReduceOp};
+use crate::{DType, ReduceOp};
 
 /// Counts that are kept for messages; all of them count for the hash.
 const SHOWN_COUNTS: usize = 16;
@@ -27,6 +27,7 @@ impl Fingerprint {
     pub(super) fn new(seq: u64, call: Call, bytes: usize) -> Self {
         let mut words = [0; WORDS];
         words[..3].copy_from_slice(&[seq, call.name as u64, call.dtype as u64 + 1]);
+        words[4] = call.root.map_or(0, |root| root.0 as u64 + 1);
         words[5] = bytes as u64;
         Fingerprint { words }
     }
@@ -54,11 +55,6 @@ impl Fingerprint {
 
     pub(super) fn with_op(mut self, op: ReduceOp) -> Self {
         self.words[3] = op as u64 + 1;
-        self
-    }
-
-    pub(super) fn with_root(mut self, root: GroupRank) -> Self {
-        self.words[4] = root.0 as u64 + 1;
         self
     }
 
@@ -118,15 +114,17 @@ fn hash(counts: &[usize]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::GroupRank;
 
-    const CALL: Call = Call { name: CallName::AllReduce, dtype: DType::F32 };
+    const CALL: Call = Call::new(CallName::AllReduce, DType::F32);
+    const ROOTED: Call = Call::rooted(CallName::Reduce, DType::F32, GroupRank(0));
 
     #[test]
     fn a_fingerprint_describes_the_call_and_survives_the_segment() {
         let calls = [
             (Fingerprint::barrier(1), "barrier()"),
             (Fingerprint::new(2, CALL, 4096).with_op(ReduceOp::Sum), "all_reduce(sum, f32, 4096 bytes)"),
-            (Fingerprint::new(2, CALL, 0).with_root(GroupRank(0)), "all_reduce(root 0, f32, 0 bytes)"),
+            (Fingerprint::new(2, ROOTED, 0), "reduce(root 0, f32, 0 bytes)"),
             (Fingerprint::counted(2, CALL, &[4, 8, 0]), "all_reduce(f32, [4, 8, 0] bytes)"),
             (Fingerprint::counted(2, CALL, &[4, 4, 4]), "all_reduce(f32, 4 bytes)"),
         ];

@@ -6,11 +6,20 @@ use std::time::Instant;
 
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 
-use super::bootstrap::{Guest, Offer, Patience, Stop, fetch};
+use super::bootstrap::{Guest, Offer, Patience, Stop, fetch, fetch_when_open};
 use super::ffi::Mapping;
 use super::liveness::Watch;
 use super::{Membership, memfd, system};
 use crate::{Error, Rank, Result, Store};
+
+/// What a process gets when it joins its world.
+pub(super) struct Joined {
+    pub(super) mapping: Arc<Mapping>,
+    /// One for each rank, in rank order.
+    pub(super) pidfds: Vec<OwnedFd>,
+    /// The leader's address, which only members know: name and token of the doors to come.
+    pub(super) secret: String,
+}
 
 /// Maps the world's segment and gathers one pidfd for each rank, in rank order.
 ///
@@ -18,7 +27,7 @@ use crate::{Error, Rank, Result, Store};
 ///
 /// # Errors
 /// `Timeout`, `PeerLost` if the leader went away, `Store`, `Backend`.
-pub(super) fn join(store: &dyn Store, world: &Membership) -> Result<(Arc<Mapping>, Vec<OwnedFd>)> {
+pub(super) fn join(store: &dyn Store, world: &Membership) -> Result<Joined> {
     let roll = Roll { store, world, prefix: prefix(store, world)?, started: Instant::now() };
     roll.sign()?;
     let own = pidfd_open(getpid(), PidfdFlags::empty()).map_err(|errno| system("pidfd_open", errno))?;
@@ -53,10 +62,10 @@ impl Roll<'_> {
     }
 
     fn patience(&self) -> Patience<'_> {
-        Patience { deadline: self.started.checked_add(self.world.timeout), watch: None }
+        Patience { deadline: self.started.checked_add(self.world.timeout), watch: None, needed: &[] }
     }
 
-    fn lead(&self, own: OwnedFd) -> Result<(Arc<Mapping>, Vec<OwnedFd>)> {
+    fn lead(&self, own: OwnedFd) -> Result<Joined> {
         let (fd, mapping) = memfd::create(self.world.geometry())?;
         let offer = Offer::open()?;
         self.store.set(&self.leader_key(), offer.address().as_bytes())?;
@@ -72,10 +81,10 @@ impl Roll<'_> {
         let all: Vec<OwnedFd> = std::iter::once(own).chain(theirs).collect();
         let given: Vec<BorrowedFd<'_>> = std::iter::once(&fd).chain(&all).map(AsFd::as_fd).collect();
         guests.iter().for_each(|guest| guest.give(&given));
-        Ok((Arc::new(mapping), all))
+        Ok(Joined { mapping: Arc::new(mapping), pidfds: all, secret: offer.address() })
     }
 
-    fn follow(&self, own: OwnedFd) -> Result<(Arc<Mapping>, Vec<OwnedFd>)> {
+    fn follow(&self, own: OwnedFd) -> Result<Joined> {
         let patience = self.patience();
         let address = self.store.get(&self.leader_key(), patience.left());
         let address = address.map_err(|error| if self.is_late() { self.late() } else { error })?;
@@ -84,7 +93,8 @@ impl Roll<'_> {
         let fds = fetch(&address, self.world.group_rank, &[own], n_fds, &patience);
         let mut fds = fds.map_err(|stop| self.stopped(stop))?.into_iter();
         let segment = fds.next().ok_or_else(|| system("recvmsg", "no segment"))?;
-        Ok((Arc::new(memfd::open(&segment, self.world.geometry())?), fds.collect()))
+        let mapping = Arc::new(memfd::open(&segment, self.world.geometry())?);
+        Ok(Joined { mapping, pidfds: fds.collect(), secret: address.into_owned() })
     }
 
     /// A member's error: if the leader gave up because ranks are missing, it is those that matter.
@@ -136,8 +146,17 @@ pub(super) fn follow(address: &str, group: &Membership, watch: &Watch) -> Result
     Ok(Arc::new(memfd::open(segment, group.geometry())?))
 }
 
-fn patience<'a>(group: &Membership, watch: &'a Watch) -> Patience<'a> {
-    Patience { deadline: Instant::now().checked_add(group.timeout), watch: Some(watch) }
+/// Fetches a channel's segment from its sender, who may not have come yet.
+pub(super) fn follow_channel(address: &str, channel: &Membership, watch: &Watch) -> Result<Arc<Mapping>> {
+    let fds = fetch_when_open(address, channel.group_rank, 1, &patience(channel, watch));
+    let fds = fds.map_err(|stop| stopped(stop, channel, vec![false, true]))?;
+    let segment = fds.first().ok_or_else(|| system("recvmsg", "no segment"))?;
+    Ok(Arc::new(memfd::open(segment, channel.geometry())?))
+}
+
+fn patience<'a>(group: &'a Membership, watch: &'a Watch) -> Patience<'a> {
+    let deadline = Instant::now().checked_add(group.timeout);
+    Patience { deadline, watch: Some(watch), needed: &group.ranks }
 }
 
 /// Which group ranks have come to the leader.

@@ -5,7 +5,7 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::wire::{DONE, MAX_FRAME, Op, Request, TIMED_OUT, frame};
+use super::wire::{DONE, MAX_FRAME, Op, Request, TIMED_OUT, decode_keys, frame};
 use crate::{Error, Result, Store};
 
 /// Deadline of requests that wait for nobody, and what a server may be late with the others.
@@ -126,5 +126,10 @@ impl Store for TcpStore {
 
     fn delete(&self, key: &str) -> Result<bool> {
         Ok(self.ask("delete", request(Op::Delete, key))? == [1])
+    }
+
+    fn list(&self, prefix: &str) -> Result<Vec<String>> {
+        let keys = decode_keys(&self.ask("list", request(Op::List, prefix))?);
+        keys.ok_or_else(|| Error::store("list", prefix, "a reply that is no list".to_owned()))
     }
 }

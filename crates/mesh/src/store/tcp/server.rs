@@ -13,8 +13,8 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::LocalSet;
 use tokio::time::timeout;
 
-use super::wire::{DONE, MAX_FRAME, MAX_TOKEN, Op, REFUSED, Request, TIMED_OUT, frame};
-use crate::store::entries::{add, compare_set};
+use super::wire::{DONE, MAX_FRAME, MAX_TOKEN, Op, REFUSED, Request, TIMED_OUT, encode_keys, frame};
+use crate::store::entries::{add, compare_set, list};
 use crate::{Error, Result};
 
 /// How long a client may take to prove the token.
@@ -172,6 +172,7 @@ fn change(
         }
         Op::CompareSet => (DONE, compare_set(entries, &key, &a, &b)),
         Op::Delete => (DONE, vec![u8::from(entries.remove(&key).is_some())]),
+        Op::List => (DONE, encode_keys(&list(entries, &key))),
         Op::Get => unreachable!("a get is answered before, as it may wait"),
     }
 }

@@ -23,6 +23,7 @@ pub(super) enum Op {
     Add,
     CompareSet,
     Delete,
+    List,
 }
 
 /// One request; `a` and `b` are the operation's values, empty if it has none.
@@ -56,8 +57,9 @@ impl Request {
     /// The request in a frame's body; `None` if it is not one.
     pub(super) fn decode(body: &[u8]) -> Option<Request> {
         let (op, body) = body.split_first()?;
-        let op =
-            [Op::Set, Op::Get, Op::Add, Op::CompareSet, Op::Delete].into_iter().find(|o| *o as u8 == *op)?;
+        let op = [Op::Set, Op::Get, Op::Add, Op::CompareSet, Op::Delete, Op::List]
+            .into_iter()
+            .find(|o| *o as u8 == *op)?;
         let (timeout, body) = body.split_first_chunk::<8>()?;
         let (key, body) = part(body)?;
         let (a, body) = part(body)?;
@@ -67,6 +69,22 @@ impl Request {
             Request { op, timeout_ms: u64::from_le_bytes(*timeout), key, a: a.to_vec(), b: b.to_vec() };
         body.is_empty().then_some(request)
     }
+}
+
+/// A list of keys in a reply: each behind its length.
+pub(super) fn encode_keys(keys: &[String]) -> Vec<u8> {
+    keys.iter().flat_map(|key| frame(key.as_bytes())).collect()
+}
+
+/// The keys of [`encode_keys`]; `None` if the bytes are not such a list.
+pub(super) fn decode_keys(mut bytes: &[u8]) -> Option<Vec<String>> {
+    let mut keys = Vec::new();
+    while !bytes.is_empty() {
+        let (key, rest) = part(bytes)?;
+        keys.push(std::str::from_utf8(key).ok()?.to_owned());
+        bytes = rest;
+    }
+    Some(keys)
 }
 
 /// A body behind its length.
@@ -93,5 +111,13 @@ mod tests {
             assert_eq!(Request::decode(&body[..cut]), None, "{cut} bytes");
         }
         assert_eq!(Request::decode(&[body, &[0]].concat()), None, "a byte too many");
+    }
+
+    #[test]
+    fn a_list_of_keys_survives_the_wire_and_a_cut_one_is_refused() {
+        let keys = ["", "a", "größe"].map(str::to_owned);
+        let bytes = encode_keys(&keys);
+        assert_eq!(decode_keys(&bytes).as_deref(), Some(&keys[..]));
+        assert_eq!(decode_keys(&bytes[..bytes.len() - 1]), None);
     }
 }

@@ -1,0 +1,96 @@
+//! Progress: one thread that runs jobs in the order in which they were pushed. It starts with the first.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::thread::{self, ThreadId};
+
+use crate::{Error, Result};
+
+pub(super) type Job = Box<dyn FnOnce() + Send>;
+
+/// A queue of jobs and its thread, which ends once the queue is dropped and empty.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    running: OnceLock<Running>,
+}
+
+#[derive(Debug)]
+struct Running {
+    jobs: Mutex<Sender<Job>>,
+    thread: ThreadId,
+    pending: Arc<Pending>,
+}
+
+/// How many jobs are queued or under way.
+#[derive(Debug, Default)]
+struct Pending {
+    count: Mutex<usize>,
+    none: Condvar,
+}
+
+impl Progress {
+    /// Queues a job.
+    ///
+    /// # Errors
+    /// `Backend` if the thread cannot be started.
+    pub(super) fn push(&self, job: Job) -> Result<()> {
+        let running = match self.running.get() {
+            Some(running) => running,
+            None => {
+                let started = Running::start()?;
+                // Of two that start at the same time one is kept; the other's thread ends with its queue.
+                self.running.get_or_init(|| started)
+            }
+        };
+        running.pending.change(|count| *count += 1);
+        let jobs = running.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        jobs.send(job).map_err(|_| {
+            running.pending.change(|count| *count -= 1);
+            failed("its queue is closed".to_owned())
+        })
+    }
+
+    /// Waits until all jobs pushed so far are done. A job itself does not wait: it is its turn.
+    pub(crate) fn settle(&self) {
+        let Some(running) = self.running.get() else { return };
+        if thread::current().id() != running.thread {
+            running.pending.wait_for_none();
+        }
+    }
+}
+
+impl Running {
+    fn start() -> Result<Running> {
+        let (jobs, queue) = channel();
+        let pending = Arc::new(Pending::default());
+        let counted = Arc::clone(&pending);
+        let thread = thread::Builder::new().name("sconce-progress".to_owned());
+        let thread = thread.spawn(move || run(&queue, &counted)).map_err(|e| failed(e.to_string()))?;
+        Ok(Running { jobs: Mutex::new(jobs), thread: thread.thread().id(), pending })
+    }
+}
+
+fn run(queue: &Receiver<Job>, pending: &Pending) {
+    while let Ok(job) = queue.recv() {
+        job();
+        pending.change(|count| *count -= 1);
+    }
+}
+
+impl Pending {
+    fn change(&self, change: impl FnOnce(&mut usize)) {
+        change(&mut self.count.lock().unwrap_or_else(PoisonError::into_inner));
+        self.none.notify_all();
+    }
+
+    fn wait_for_none(&self) {
+        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        while *count > 0 {
+            count = self.none.wait(count).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+fn failed(cause: String) -> Error {
+    Error::Backend { backend: "progress thread", call: "spawn".into(), cause }
+}

@@ -1,0 +1,145 @@
+//! Works on thread ranks: order, results, failures, and what the caller may do meanwhile.
+
+use std::sync::mpsc;
+
+use super::*;
+use crate::{GroupOptions, Rank, ReduceOp};
+
+const LONG: Duration = Duration::from_secs(60);
+
+#[track_caller]
+fn run(world_size: usize, body: impl Fn(ProcessGroup) + Sync) {
+    let groups = ProcessGroup::threads(world_size, GroupOptions { timeout: LONG }).unwrap();
+    std::thread::scope(|scope| {
+        groups.into_iter().for_each(|group| drop(scope.spawn(|| body(group))));
+    });
+}
+
+#[test]
+fn works_and_blocking_calls_take_their_turns_in_the_order_of_issue() {
+    for n in [1, 2, 3, 4] {
+        run(n, |group| {
+            let me = group.rank().0 as i64;
+            let sum = (0..n as i64).sum::<i64>();
+            let works: Vec<_> = (1..=20)
+                .map(|step| {
+                    group.issue(move |group| {
+                        let mut buffer = vec![me * step; 1000];
+                        group.all_reduce(&mut buffer, ReduceOp::Sum).map(|()| buffer)
+                    })
+                })
+                .collect();
+            // Another op: it would be a mismatch out of turn.
+            let mut all = vec![0; n];
+            group.all_gather_into(&[me], &mut all).unwrap();
+            assert!(works.iter().all(Work::is_completed));
+            assert!(all.into_iter().eq(0..n as i64));
+            for (step, work) in (1..).zip(works) {
+                assert_eq!(work.wait().unwrap(), vec![sum * step; 1000]);
+            }
+        });
+    }
+}
+
+#[test]
+fn the_caller_goes_on_while_a_work_waits_for_its_peer() {
+    let (come, came) = mpsc::channel();
+    let (come, came) = (Mutex::new(come), Mutex::new(came));
+    run(2, |group| {
+        if group.rank() == Rank(0) {
+            let work = group.issue(ProcessGroup::barrier);
+            assert!(!work.wait_timeout(Duration::from_millis(30)) && !work.is_completed());
+            come.lock().unwrap().send(()).unwrap();
+            assert!(work.wait_timeout(LONG));
+            work.wait().unwrap();
+        } else {
+            came.lock().unwrap().recv().unwrap();
+            group.barrier().unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_work_that_fails_fails_all_ranks_and_all_later_works() {
+    run(3, |group| {
+        let work = group.issue(|group| {
+            let mut buffer = vec![0f32; 1 + group.rank().0 / 2];
+            group.all_reduce(&mut buffer, ReduceOp::Sum)
+        });
+        let later = group.issue(ProcessGroup::barrier);
+        let error = work.wait().unwrap_err();
+        assert!(matches!(error, Error::Mismatch { got_rank: Rank(2), .. }), "{error}");
+        assert_eq!(later.wait(), Err(error.clone()));
+        assert_eq!(group.barrier(), Err(error));
+    });
+}
+
+#[test]
+fn a_work_that_panics_aborts_the_group() {
+    run(2, |group| {
+        let work = if group.rank() == Rank(1) {
+            group.issue(|_| -> Result<()> { std::panic::resume_unwind(Box::new(())) })
+        } else {
+            group.issue(ProcessGroup::barrier)
+        };
+        assert_eq!(work.wait(), Err(Error::Aborted { group: "world".into(), rank: Rank(1) }));
+    });
+}
+
+#[test]
+fn ranks_may_send_to_each_other_and_around_a_ring() {
+    for (n, len) in [(2, 0), (2, 5), (3, 700_001), (4, 1000)] {
+        run(n, |group| {
+            let me = group.rank().0;
+            let (next, before) = (GroupRank((me + 1) % n), GroupRank((me + n - 1) % n));
+            for round in 0..3u32 {
+                let sent = group.issue_send(vec![me as u32 + 10 * round; len], next);
+                let got = group.issue_recv(vec![0; len], before).wait().unwrap();
+                assert_eq!(got, vec![before.0 as u32 + 10 * round; len]);
+                assert_eq!(sent.wait().unwrap().len(), len);
+            }
+        });
+    }
+}
+
+#[test]
+fn blocking_sends_follow_issued_ones_and_pass_no_other_rank() {
+    run(3, |group| match group.rank().0 {
+        0 => {
+            let first = group.issue_send(vec![1u8], GroupRank(2));
+            group.send(&[2u8, 3], GroupRank(2)).unwrap();
+            assert!(first.is_completed());
+        }
+        2 => {
+            let (mut one, mut two) = ([0u8], [0u8; 2]);
+            group.recv(&mut one, GroupRank(0)).unwrap();
+            group.recv(&mut two, GroupRank(0)).unwrap();
+            assert_eq!((one, two), ([1], [2, 3]));
+        }
+        _ => {}
+    });
+}
+
+#[test]
+fn a_receiver_that_expects_another_length_is_a_mismatch_on_both_ends() {
+    run(2, |group| {
+        let error = match group.rank().0 {
+            0 => group.send(&[1f32; 4], GroupRank(1)).unwrap_err(),
+            _ => group.recv(&mut [0f32; 5], GroupRank(0)).unwrap_err(),
+        };
+        let text = error.to_string();
+        assert!(text.contains("send_recv(f32, [16, 0] bytes)") && text.contains("[20, 0]"), "{text}");
+    });
+}
+
+#[test]
+fn a_peer_that_is_no_other_rank_of_the_group_is_refused() {
+    run(2, |group| {
+        for peer in [GroupRank(2), group.group_rank()] {
+            let refused = group.issue_send(vec![0u8], peer).wait().unwrap_err();
+            assert!(matches!(refused, Error::InvalidArgument { op: "send", .. }), "{refused}");
+            let refused = group.recv(&mut [0u8], peer).unwrap_err();
+            assert!(matches!(refused, Error::InvalidArgument { op: "recv", .. }), "{refused}");
+        }
+    });
+}
