@@ -85,6 +85,62 @@ impl DeviceMesh {
         Ok(Self::assemble(device_type, layout, dim_names, dim_groups, world.clone()))
     }
 
+    /// A mesh whose dims are groups that exist already; `mesh_group` holds all its ranks, in mesh order.
+    ///
+    /// Ranks:  local, no communication; every rank passes its own groups.
+    ///
+    /// ```
+    /// use sconce_mesh::{DeviceMesh, DeviceType, ProcessGroup};
+    ///
+    /// let world = ProcessGroup::single();
+    /// let mesh = DeviceMesh::from_groups(&world, DeviceType::Cpu, &[world.clone()], &["shard"])?;
+    /// assert_eq!(mesh.shape(), [1]);
+    /// # Ok::<(), sconce_mesh::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the product of the groups' sizes is not that of `mesh_group`, a group does not hold the
+    /// ranks that lie along its dim through this one, or `dim_names` are neither empty nor one a dim and unique.
+    ///
+    /// # Source
+    /// `DeviceMesh.from_group`.
+    pub fn from_groups(
+        mesh_group: &ProcessGroup,
+        device_type: DeviceType,
+        groups: &[ProcessGroup],
+        dim_names: &[&str],
+    ) -> Result<DeviceMesh> {
+        let shape: Vec<usize> = groups.iter().map(ProcessGroup::size).collect();
+        let layout = MeshLayout::row_major(&shape, mesh_group.ranks()).ok_or_else(|| {
+            invalid("groups", format!("{} ranks in all", mesh_group.size()), in_all(&shape))
+        })?;
+        check_names(dim_names, groups.len())?;
+        for (dim, group) in groups.iter().enumerate() {
+            let along = layout.groups_along(dim).into_iter().find(|ranks| ranks.contains(&mesh_group.rank()));
+            if along.as_deref() != Some(group.ranks()) {
+                let name =
+                    |ranks: &[Rank]| format!("ranks {:?}", ranks.iter().map(|r| r.0).collect::<Vec<_>>());
+                let expected = name(&along.unwrap_or_default());
+                return Err(invalid(&format!("group of dim {dim}"), expected, name(group.ranks())));
+            }
+        }
+        let dim_names = dim_names.iter().map(|name| name.to_string()).collect();
+        Ok(Self::assemble(device_type, layout, dim_names, groups.to_vec(), mesh_group.clone()))
+    }
+
+    /// The same ranks along one dim of this name, in mesh order.
+    ///
+    /// Together with [`DeviceMesh::submesh`] it joins some dims: `mesh.submesh(&["replicate", "shard"])?.flatten("all")`.
+    /// Ranks:  local, no communication.
+    ///
+    /// # Source
+    /// `DeviceMesh._flatten`.
+    pub fn flatten(&self, name: &str) -> DeviceMesh {
+        let group = self.mesh_group().clone();
+        let layout = self.inner.layout.flatten();
+        Self::assemble(self.device_type(), layout, vec![name.to_owned()], vec![group.clone()], group)
+    }
+
     fn assemble(
         device_type: DeviceType,
         layout: MeshLayout,

@@ -38,6 +38,11 @@ impl MeshLayout {
         Some(coordinate(&self.shape, index))
     }
 
+    /// The same ranks along one dim.
+    pub(crate) fn flatten(&self) -> MeshLayout {
+        MeshLayout { shape: vec![self.ranks.len()], ranks: self.ranks.clone() }
+    }
+
     /// The rank at a coordinate inside the shape.
     fn rank_at(&self, coordinate: &[usize]) -> Rank {
         let index = self.shape.iter().zip(coordinate).fold(0, |index, (len, at)| index * len + at);

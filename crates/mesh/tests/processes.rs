@@ -229,3 +229,77 @@ fn killing_every_rank_leaves_nothing_in_shared_memory() {
         assert!(!name.to_string_lossy().contains("sconce"), "{name:?}");
     }
 }
+
+#[test]
+fn processes_send_to_each_other_and_name_a_peer_that_left() {
+    let name = "processes_send_to_each_other_and_name_a_peer_that_left";
+    let ranks = procs(name, &[0, 1, 2], |process| {
+        let world = process.join(3, LONG).unwrap();
+        let me = world.rank().0;
+        let (next, before) = (GroupRank((me + 1) % 3), GroupRank((me + 2) % 3));
+        for len in [0, 1, 600_001] {
+            let sent = world.issue_send(vec![me as i64; len], next);
+            assert_eq!(world.issue_recv(vec![0; len], before).wait().unwrap(), vec![before.0 as i64; len]);
+            sent.wait().unwrap();
+        }
+        world.barrier().unwrap();
+        match me {
+            // The way back to rank 0 was never opened.
+            0 => assert_eq!(lost_rank(&world.recv(&mut [0u8], GroupRank(1)).unwrap_err()), Rank(1)),
+            // The one from rank 1 was.
+            2 => assert_eq!(lost_rank(&world.recv(&mut [0i64], GroupRank(1)).unwrap_err()), Rank(1)),
+            _ => {}
+        }
+    });
+    if let Some(mut ranks) = ranks {
+        ranks.assert_success(&[0, 1, 2]);
+    }
+}
+
+/// Endless turns of collectives, by size and kind: large and small, uneven, of objects, of a sub-group, asynchronous.
+fn mixed_collectives(world: &ProcessGroup, step: usize) -> sconce_mesh::Result<()> {
+    let (me, n) = (world.rank().0, world.size());
+    let pair = world.subgroups(&[vec![Rank(0), Rank(1)], vec![Rank(2)]])?;
+    let mut buffer = vec![1f32; [3, 5000, 700_001][step % 3]];
+    world.all_reduce(&mut buffer, ReduceOp::Sum)?;
+    pair.map_or(Ok(()), |pair| pair.broadcast(&mut buffer, GroupRank(0)))?;
+    world.all_gather_object(&vec![0; me * step % 1000])?;
+    let counts: Vec<usize> = (0..n).map(|g| g * 1000).collect();
+    world.all_gather_uneven(&vec![1u8; counts[me]], &counts, &mut vec![0; counts.iter().sum()])?;
+    let work = world.issue(ProcessGroup::barrier);
+    let sent = (me == 0).then(|| world.issue_send(vec![1u8; 10], GroupRank(1)));
+    if me == 1 {
+        world.recv(&mut [0u8; 10], GroupRank(0))?;
+    }
+    sent.map_or(Ok(()), |sent| sent.wait().map(drop))?;
+    work.wait()
+}
+
+/// SIGKILL of a rank at 200 moments that no two runs share: the survivors notice at once, and nothing is left.
+#[test]
+fn ranks_killed_at_random_moments_are_lost_to_all_survivors() {
+    const NAME: &str = "ranks_killed_at_random_moments_are_lost_to_all_survivors";
+    for round in 0..200 {
+        let ranks = procs(NAME, &[0, 1, 2], |process| {
+            let world = process.join(3, LONG).unwrap();
+            process.signal(&format!("joined/{}", process.rank));
+            let error = (0..).find_map(|step| mixed_collectives(&world, step).err()).unwrap();
+            let started: std::time::SystemTime =
+                std::fs::metadata(process.store.dir().join("killed")).unwrap().modified().unwrap();
+            assert!(started.elapsed().unwrap() < Duration::from_secs(1), "{:?}", started.elapsed());
+            process.signal(&format!("lost/{}/{}", process.rank, lost_rank(&error)));
+        });
+        let Some(mut ranks) = ranks else { return };
+        (0..3).for_each(|rank| ranks.await_signal(&format!("joined/{rank}")));
+        let noise = Instant::now();
+        std::thread::sleep(Duration::from_micros(round * 97 % 5000));
+        let victim = noise.elapsed().subsec_nanos() as usize % 3;
+        std::fs::write(ranks.store.dir().join("killed"), "").unwrap();
+        ranks.kill(victim);
+        let survivors: Vec<usize> = (0..3).filter(|rank| *rank != victim).collect();
+        ranks.assert_success(&survivors);
+        for rank in survivors {
+            ranks.await_signal(&format!("lost/{rank}/{victim}"));
+        }
+    }
+}

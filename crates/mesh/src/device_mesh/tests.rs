@@ -106,3 +106,37 @@ fn the_picture_says_who_is_where() {
     });
     assert_eq!(mesh(&ProcessGroup::single(), &[], &[]).to_string(), "DeviceMesh(cpu)\n  0");
 }
+
+#[test]
+fn flattened_dims_are_one_dim_of_the_same_ranks() {
+    run(8, |world| {
+        let mesh = mesh(world, &[2, 2, 2], &["pp", "dp", "tp"]);
+        let flat = mesh.submesh(&["dp", "tp"]).unwrap().flatten("dp_tp");
+        let first = world.rank().0 / 4 * 4;
+        assert_eq!(flat.shape(), [4]);
+        assert_eq!(flat.dim_names(), ["dp_tp"]);
+        assert_eq!(flat.ranks(), [0, 1, 2, 3].map(|at| Rank(first + at)));
+        assert_eq!(flat.coordinate(), Some(&[world.rank().0 % 4][..]));
+        let mut sum = [1u32];
+        flat.group_by_name("dp_tp").unwrap().all_reduce(&mut sum, ReduceOp::Sum).unwrap();
+        assert_eq!(sum, [4]);
+    });
+}
+
+#[test]
+fn a_mesh_of_existing_groups_equals_the_one_that_made_them() {
+    run(6, |world| {
+        let made = mesh(world, &[2, 3], &HSDP);
+        let groups = [made.group(0).unwrap().clone(), made.group(1).unwrap().clone()];
+        let again = DeviceMesh::from_groups(world, DeviceType::Cpu, &groups, &HSDP).unwrap();
+        assert_eq!(again, made);
+        assert!(again.group(1).unwrap().same_group(&groups[1]));
+
+        let [columns, rows] = groups;
+        let refused = DeviceMesh::from_groups(world, DeviceType::Cpu, &[rows.clone()], &[]).unwrap_err();
+        assert_eq!(refused.to_string(), "device mesh: groups: expected 6 ranks in all, got 3 = 3");
+        let refused = DeviceMesh::from_groups(world, DeviceType::Cpu, &[rows, columns], &[]).unwrap_err();
+        let text = refused.to_string();
+        assert!(text.starts_with("device mesh: group of dim 0: expected ranks ["), "{text}");
+    });
+}
