@@ -133,7 +133,8 @@ fn a_mesh_of_existing_groups_equals_the_one_that_made_them() {
         assert!(again.group(1).unwrap().same_group(&groups[1]));
 
         let [columns, rows] = groups;
-        let refused = DeviceMesh::from_groups(world, DeviceType::Cpu, &[rows.clone()], &[]).unwrap_err();
+        let refused =
+            DeviceMesh::from_groups(world, DeviceType::Cpu, std::slice::from_ref(&rows), &[]).unwrap_err();
         assert_eq!(refused.to_string(), "device mesh: groups: expected 6 ranks in all, got 3 = 3");
         let refused = DeviceMesh::from_groups(world, DeviceType::Cpu, &[rows, columns], &[]).unwrap_err();
         let text = refused.to_string();
