@@ -5,6 +5,7 @@
 mod call;
 pub(crate) mod local;
 pub(crate) mod pieces;
+pub(crate) mod recorded;
 pub(crate) mod solo;
 
 pub(crate) use call::{Call, CallName};

@@ -7,6 +7,7 @@ mod device_mesh;
 mod dtype;
 mod env;
 mod error;
+mod flight_recorder;
 #[cfg(feature = "tcp-store")]
 mod launcher;
 mod layout;
@@ -23,6 +24,7 @@ pub use device_mesh::{DeviceMesh, DeviceType};
 pub use dtype::{DType, Element};
 pub use env::RankEnv;
 pub use error::{Error, Result};
+pub use flight_recorder::{CollectiveRecord, CollectiveState, FlightRecord};
 #[cfg(feature = "tcp-store")]
 pub use launcher::{RankExit, RankOutput, RankProcesses, die_with_parent};
 pub use process_group::{GroupOptions, ProcessGroup};

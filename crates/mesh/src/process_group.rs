@@ -8,10 +8,12 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::backend::local::{Endpoint, LocalWorld, Membership};
+use crate::backend::recorded::Recorded;
 use crate::backend::solo::Solo;
 use crate::backend::{Backend, CallName};
+use crate::flight_recorder::FlightRecorder;
 use crate::work::Progress;
-use crate::{Error, GroupRank, Rank, Result, Store};
+use crate::{Error, FlightRecord, GroupRank, Rank, Result, Store};
 
 /// How a world's groups behave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +52,8 @@ struct Group {
     name: String,
     ranks: Arc<[Rank]>,
     group_rank: GroupRank,
-    backend: Box<dyn Backend>,
+    backend: Recorded,
+    recorder: Arc<FlightRecorder>,
     progress: Progress,
 }
 
@@ -218,6 +221,15 @@ impl ProcessGroup {
         self.group.backend.failure()
     }
 
+    /// The last 1024 collectives of this group on this rank, those under way included.
+    ///
+    /// A group that fails writes its record, with the error, to a file `rank-R-GROUP.txt` in the directory that the
+    /// environment variable `SCONCE_FLIGHT_DIR` names, if it is set.
+    /// Ranks:  local, no communication.
+    pub fn flight_record(&self) -> FlightRecord {
+        self.group.recorder.snapshot()
+    }
+
     /// Makes the groups of `partition`, disjoint lists of ranks in group-rank order, and returns the one that holds
     /// this rank, or `None`.
     ///
@@ -332,7 +344,7 @@ impl ProcessGroup {
     /// What carries calls out, once those issued before are done.
     pub(crate) fn backend(&self) -> &dyn Backend {
         self.group.progress.settle();
-        &*self.group.backend
+        &self.group.backend
     }
 
     pub(crate) fn progress(&self) -> &Progress {
@@ -352,7 +364,10 @@ impl fmt::Debug for ProcessGroup {
 
 impl Group {
     fn new(name: String, ranks: Arc<[Rank]>, group_rank: GroupRank, backend: Box<dyn Backend>) -> Group {
-        Group { name, ranks, group_rank, backend, progress: Progress::default() }
+        let recorder = FlightRecorder::new(name.clone(), Arc::clone(&ranks), ranks[group_rank.0]);
+        let recorder = Arc::new(recorder);
+        let backend = Recorded::new(backend, Arc::clone(&recorder));
+        Group { name, ranks, group_rank, backend, recorder, progress: Progress::default() }
     }
 
     fn of_endpoint(endpoint: Endpoint) -> Group {

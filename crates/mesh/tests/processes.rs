@@ -161,6 +161,11 @@ fn a_stopped_rank_is_a_timeout_that_names_it_on_every_rank() {
         let error = until_error(&process, || all_reduce(&world, &mut buffer));
         let Error::Timeout { arrived, missing, .. } = &error else { panic!("{error}") };
         assert_eq!((&arrived[..], &missing[..]), (&[Rank(0), Rank(2), Rank(3)][..], &[Rank(1)][..]));
+        let dump = process.store.dir().join(format!("rank-{}-world.txt", process.rank));
+        let dump = std::fs::read_to_string(dump).unwrap();
+        assert!(dump.starts_with(&format!("{error}\n\ngroup world of ranks [0, 1, 2, 3]")), "{dump}");
+        assert!(dump.trim_end().ends_with("all_reduce(max, f32, 4194304 bytes)"), "{dump}");
+        assert!(dump.contains("  completed  ") && dump.contains("  failed     "), "{dump}");
         // A world that is still held is not left: the ranks that end first must not be what the others report.
         process.signal(&format!("failed/{}", process.rank));
         for rank in ALL {

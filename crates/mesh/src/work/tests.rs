@@ -143,3 +143,29 @@ fn a_peer_that_is_no_other_rank_of_the_group_is_refused() {
         }
     });
 }
+
+#[test]
+fn the_flight_record_tells_what_runs_and_what_is_done() {
+    let (come, came) = mpsc::channel();
+    let (come, came) = (Mutex::new(come), Mutex::new(came));
+    run(2, |group| {
+        group.all_reduce(&mut [1f32; 4], ReduceOp::Sum).unwrap();
+        if group.rank() == Rank(0) {
+            let work = group.issue(ProcessGroup::barrier);
+            let running = || group.flight_record().collectives.last().unwrap().call == "barrier()";
+            while !running() {
+                std::thread::yield_now();
+            }
+            let record = group.flight_record();
+            let states: Vec<_> = record.collectives.iter().map(|c| (c.seq, &*c.call, c.state)).collect();
+            let reduced = (1, "all_reduce(sum, f32, 16 bytes)", crate::CollectiveState::Completed);
+            assert_eq!(states, [reduced, (2, "barrier()", crate::CollectiveState::Running)]);
+            assert_eq!(record.collectives[1].thread, "sconce-progress");
+            come.lock().unwrap().send(()).unwrap();
+            work.wait().unwrap();
+        } else {
+            came.lock().unwrap().recv().unwrap();
+            group.barrier().unwrap();
+        }
+    });
+}

@@ -98,6 +98,7 @@ pub(crate) fn procs(name: &str, ranks: &[usize], body: impl FnOnce(RankProcess))
             .args([name, "--exact", "--nocapture", "--include-ignored", "--quiet"])
             .env(RANK, rank.to_string())
             .env(DIR, dir.path())
+            .env("SCONCE_FLIGHT_DIR", dir.path())
             .spawn()
             .unwrap()
     };
