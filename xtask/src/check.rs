@@ -6,10 +6,11 @@ use std::time::Instant;
 use crate::{root, surface, tidy};
 
 /// Feature sets that must build and lint clean: the default, none, and each alone.
-const FEATURE_SETS: [&str; 10] = [
+const FEATURE_SETS: [&str; 11] = [
     "--workspace --all-targets",
     "-p sconce-mesh --all-targets --no-default-features",
     "-p sconce-mesh --all-targets --no-default-features --features tcp-store",
+    "-p sconce-mesh --all-targets --no-default-features --features launcher",
     "-p sconce-mesh --all-targets --no-default-features --features candle",
     "-p sconce-dtensor --no-default-features",
     "-p sconce-dtensor --no-default-features --features candle",
@@ -31,8 +32,9 @@ pub(crate) fn run() -> Result<(), String> {
     let readme = std::fs::read_to_string(root().join("README.md")).map_err(|e| format!("README.md: {e}"))?;
     let [main_job, tests] = readme_commands(&readme)?;
     shell(&tests)?;
-    // What the workspace's features hide: the same tests of the crates without candle.
+    // What the workspace's features hide: crates without candle, and the launcher.
     cargo("test -p sconce-checkpoint --no-default-features", &[])?;
+    cargo("test -p sconce-mesh --no-default-features --features launcher", &[])?;
     shell(&format!("{main_job} -- --steps 6"))
 }
 

@@ -1,11 +1,13 @@
 //! From the environment to a world: what a rank calls first.
 
 #[cfg(feature = "tcp-store")]
-use std::{net::ToSocketAddrs, sync::Arc};
+use std::sync::Arc;
 
+#[cfg(not(feature = "tcp-store"))]
+use crate::Error;
 #[cfg(feature = "tcp-store")]
 use crate::env::{STORE_HOSTED, STORE_TOKEN};
-use crate::{Error, GroupOptions, ProcessGroup, RankEnv, Result};
+use crate::{GroupOptions, ProcessGroup, RankEnv, Result};
 #[cfg(feature = "tcp-store")]
 use crate::{TcpStore, TcpStoreServer};
 
@@ -43,18 +45,10 @@ fn join(env: &RankEnv, options: GroupOptions) -> Result<ProcessGroup> {
     let token = std::env::var(STORE_TOKEN).unwrap_or_default();
     let addr = format!("{}:{}", env.master_addr, env.master_port);
     let hosts = env.rank.0 == 0 && std::env::var_os(STORE_HOSTED).is_none();
-    let server = if hosts { Some(host(&addr, &token)?) } else { None };
+    let server = if hosts { Some(TcpStoreServer::bind_to(&addr, &token)?) } else { None };
     let store = TcpStore::connect(&addr, &token, options.timeout)?;
     let joined = ProcessGroup::new(Arc::new(store), env.rank, env.world_size, options);
     // The store is needed to join only, and a rank returns from joining when all have come.
     drop(server);
     joined
-}
-
-#[cfg(feature = "tcp-store")]
-fn host(addr: &str, token: &str) -> Result<TcpStoreServer> {
-    let failed = |cause: String| Error::store("bind", addr, cause);
-    let mut addrs = addr.to_socket_addrs().map_err(|cause| failed(cause.to_string()))?;
-    let first = addrs.next().ok_or_else(|| failed("the name has no address".to_owned()))?;
-    TcpStoreServer::bind(first, token)
 }

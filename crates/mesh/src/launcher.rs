@@ -8,7 +8,10 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, getppid, pidfd_open, set_parent_process_death_signal};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, getpgid, getppid, kill_process_group, pidfd_open,
+    set_parent_process_death_signal,
+};
 
 use crate::env::{STORE_HOSTED, STORE_TOKEN};
 use crate::{Error, Rank, RankEnv, Result, TcpStoreServer};
@@ -35,8 +38,25 @@ const PARENT: &str = "SCONCE_PARENT_PID";
 #[derive(Debug)]
 pub struct RankProcesses {
     ranks: Vec<RankProcess>,
-    /// Serves as long as ranks may join.
-    _store: TcpStoreServer,
+    /// Serves as long as ranks may join; on one node of several.
+    _store: Option<TcpStoreServer>,
+}
+
+/// One node among several whose ranks make one world. Every node has as many ranks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    /// Number of nodes.
+    pub n_nodes: usize,
+    /// This one, which starts the ranks from `node_rank · n_ranks`.
+    pub node_rank: usize,
+    /// Ranks on each node.
+    pub n_ranks: usize,
+    /// Address of node 0, whose launcher hosts the store.
+    pub master_addr: String,
+    /// Port of the store.
+    pub master_port: u16,
+    /// The secret that ranks prove to the store, the same on all nodes.
+    pub token: String,
 }
 
 #[derive(Debug)]
@@ -62,6 +82,20 @@ pub struct RankExit {
     pub last_lines: String,
 }
 
+impl RankExit {
+    /// How it ended, as a person would say: `failed with exit code 3`.
+    pub fn outcome(&self) -> String {
+        match (self.by_itself, self.status.signal()) {
+            _ if self.status.success() => "ended well".to_owned(),
+            (false, _) => {
+                "was still running at the deadline, or after another rank's end, and was killed".to_owned()
+            }
+            (true, Some(signal)) => format!("died of signal {signal}"),
+            (true, None) => format!("failed with exit code {}", self.status.code().unwrap_or(-1)),
+        }
+    }
+}
+
 impl RankProcesses {
     /// Starts `n` ranks of this host; `command` makes each one's command, to which the launcher adds torchrun's
     /// variables, the store and its token.
@@ -75,22 +109,61 @@ impl RankProcesses {
     ) -> Result<RankProcesses> {
         let token = crate::token::random_hex()?;
         let store = TcpStoreServer::bind(([127, 0, 0, 1], 0).into(), &token)?;
+        let (master_addr, master_port) = (store.addr().ip().to_string(), store.addr().port());
+        let node = Node { n_nodes: 1, node_rank: 0, n_ranks: n, master_addr, master_port, token };
+        Self::start(&node, Some(store), &output, &mut command)
+    }
+
+    /// Starts the ranks of one node of several; on node 0 also the store, where its name says.
+    ///
+    /// # Errors
+    /// As [`RankProcesses::spawn`].
+    pub fn spawn_node(
+        node: &Node,
+        output: RankOutput,
+        mut command: impl FnMut(&RankEnv) -> Command,
+    ) -> Result<RankProcesses> {
+        let addr = format!("{}:{}", node.master_addr, node.master_port);
+        let store =
+            if node.node_rank == 0 { Some(TcpStoreServer::bind_to(&addr, &node.token)?) } else { None };
+        Self::start(node, store, &output, &mut command)
+    }
+
+    fn start(
+        node: &Node,
+        store: Option<TcpStoreServer>,
+        output: &RankOutput,
+        command: &mut dyn FnMut(&RankEnv) -> Command,
+    ) -> Result<RankProcesses> {
         let mut started = RankProcesses { ranks: Vec::new(), _store: store };
-        for local_rank in 0..n {
+        for local_rank in 0..node.n_ranks {
             let env = RankEnv {
-                rank: Rank(local_rank),
+                rank: Rank(node.node_rank * node.n_ranks + local_rank),
                 local_rank,
-                world_size: n,
-                local_world_size: n,
-                master_addr: started._store.addr().ip().to_string(),
-                master_port: started._store.addr().port(),
+                world_size: node.n_nodes * node.n_ranks,
+                local_world_size: node.n_ranks,
+                master_addr: node.master_addr.clone(),
+                master_port: node.master_port,
             };
             let mut command = command(&env);
-            command.envs(env.to_vars()).env(STORE_TOKEN, &token).env(STORE_HOSTED, "1");
+            command.envs(env.to_vars()).env(STORE_TOKEN, &node.token).env(STORE_HOSTED, "1");
             command.env(PARENT, std::process::id().to_string()).stdin(Stdio::null());
             started.ranks.push(RankProcess::start(env.rank, command, output)?);
         }
         Ok(started)
+    }
+
+    /// The ranks and their process ids.
+    pub fn pids(&self) -> Vec<(Rank, u32)> {
+        self.ranks.iter().map(|process| (process.rank, process.child.id())).collect()
+    }
+
+    /// One pidfd a rank (pidfd_open(2)), which names it also after its end.
+    ///
+    /// # Errors
+    /// `Backend` if there are too many open files.
+    pub fn pidfds(&self) -> Result<Vec<OwnedFd>> {
+        self.ranks.iter().map(|p| p.pidfd.try_clone().map_err(|e| system("dup", &e))).collect()
     }
 
     /// Kills a rank with SIGKILL, as a fault would.
@@ -137,7 +210,7 @@ impl RankProcesses {
             None => Ok(()),
             Some(exit) => Err(Error::RankFailed {
                 rank: exit.rank,
-                outcome: outcome(&exit),
+                outcome: exit.outcome(),
                 last_lines: exit.last_lines,
             }),
         }
@@ -147,8 +220,8 @@ impl RankProcesses {
         self.ranks.iter().filter(|process| process.exit.is_none())
     }
 
-    /// The first rank that failed by itself, else the first that had to be killed.
-    fn first_failure(&self) -> Option<Rank> {
+    /// The first rank, of those that have ended, that failed by itself; else the first that had to be killed.
+    pub fn first_failure(&self) -> Option<Rank> {
         let failed = |by_itself: bool| {
             let ended = self.ranks.iter().filter_map(|p| p.exit.map(|exit| (p.rank, exit)));
             ended
@@ -181,8 +254,12 @@ impl RankProcesses {
 
     fn kill_all(&mut self) {
         for process in self.ranks.iter_mut().filter(|p| p.exit.is_none()) {
-            // It may have ended meanwhile.
-            let _ = process.child.kill();
+            let pid = Pid::from_child(&process.child);
+            // With what it has started, if it leads a process group. It may have ended meanwhile.
+            let _ended = match getpgid(Some(pid)) {
+                Ok(group) if group == pid => kill_process_group(pid, Signal::KILL).map_err(Into::into),
+                _ => process.child.kill(),
+            };
         }
     }
 }
@@ -196,12 +273,12 @@ impl Drop for RankProcesses {
 }
 
 impl RankProcess {
-    fn start(rank: Rank, mut command: Command, output: RankOutput) -> Result<RankProcess> {
-        if output == RankOutput::Captured {
+    fn start(rank: Rank, mut command: Command, output: &RankOutput) -> Result<RankProcess> {
+        if output.is_read() {
             command.stdout(Stdio::piped()).stderr(Stdio::piped());
         }
         let mut child = command.spawn().map_err(|e| system("spawn", &e))?;
-        let tail = Tail::of(&mut child);
+        let tail = Tail::of(&mut child, rank, output)?;
         let pid = Pid::from_child(&child);
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|e| system("pidfd_open", &e))?;
         Ok(RankProcess { rank, child, pidfd, tail, exit: None })
@@ -231,16 +308,6 @@ pub fn die_with_parent() -> Result<()> {
         expected: "the pid of this process's parent",
         got: Some(parent),
     })
-}
-
-fn outcome(exit: &RankExit) -> String {
-    match (exit.by_itself, exit.status.signal()) {
-        (false, _) => {
-            "was still running at the deadline, or after another rank's end, and was killed".to_owned()
-        }
-        (true, Some(signal)) => format!("died of signal {signal}"),
-        (true, None) => format!("failed with exit code {}", exit.status.code().unwrap_or(-1)),
-    }
 }
 
 fn system(call: &str, cause: &dyn std::fmt::Display) -> Error {

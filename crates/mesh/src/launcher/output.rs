@@ -1,21 +1,87 @@
-//! What becomes of a rank's output: shown as it is, or its end kept for a report.
+//! What becomes of a rank's output: where it goes, and its end, which is kept for a report.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Read};
+use std::fs::{File, create_dir_all};
+use std::io::{BufRead, BufReader, IsTerminal, Read, Write, stderr, stdout};
+use std::path::PathBuf;
 use std::process::Child;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use crate::{Error, Rank, Result};
+
 /// Lines kept of each rank.
 const KEPT: usize = 100;
 
-/// Where the output of ranks goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Where the output of ranks goes. In all but the first case its last lines are kept for errors.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RankOutput {
     /// To this process's own output.
     Inherited,
-    /// Read and thrown away but for its last lines, which errors show.
+    /// Nowhere else.
     Captured,
+    /// To this process's own output, each line behind its rank, which is coloured on a terminal.
+    Prefixed,
+    /// To a file `rank-R.log` in this directory, standard output and error together.
+    Files(PathBuf),
+}
+
+impl RankOutput {
+    /// Whether the launcher reads what ranks print.
+    pub(super) fn is_read(&self) -> bool {
+        *self != RankOutput::Inherited
+    }
+
+    /// Where the lines of `rank` go besides.
+    fn copies(&self, rank: Rank) -> Result<[Copy; 2]> {
+        match self {
+            RankOutput::Inherited | RankOutput::Captured => Ok([Copy::Nowhere, Copy::Nowhere]),
+            RankOutput::Prefixed => Ok([
+                Copy::Shown { prefix: prefix(rank, stdout().is_terminal()), error: false },
+                Copy::Shown { prefix: prefix(rank, stderr().is_terminal()), error: true },
+            ]),
+            RankOutput::Files(dir) => {
+                let path = dir.join(format!("rank-{rank}.log"));
+                let file = create_dir_all(dir).and_then(|()| File::create(&path));
+                let file = file.map_err(|e| Error::Backend {
+                    backend: "launcher",
+                    call: format!("opening {}", path.display()),
+                    cause: e.to_string(),
+                })?;
+                let file = Arc::new(file);
+                Ok([Copy::Written(Arc::clone(&file)), Copy::Written(file)])
+            }
+        }
+    }
+}
+
+/// Where the lines of one stream go besides the tail.
+enum Copy {
+    Nowhere,
+    Shown { prefix: String, error: bool },
+    Written(Arc<File>),
+}
+
+impl Copy {
+    /// What cannot be shown is lost; the rank must not fail for it.
+    fn line(&self, line: &[u8]) {
+        let _lost = match self {
+            Copy::Nowhere => Ok(()),
+            Copy::Written(file) => (&**file).write_all(&[line, b"\n"].concat()),
+            // One write a line, so that lines of ranks do not mix.
+            Copy::Shown { prefix, error: false } => {
+                stdout().lock().write_all(&[prefix.as_bytes(), line, b"\n"].concat())
+            }
+            Copy::Shown { prefix, error: true } => {
+                stderr().lock().write_all(&[prefix.as_bytes(), line, b"\n"].concat())
+            }
+        };
+    }
+}
+
+/// `[2] `, in one of six colours of ECMA-48 where it can be seen.
+fn prefix(rank: Rank, coloured: bool) -> String {
+    if coloured { format!("\x1b[{}m[{rank}]\x1b[0m ", 31 + rank.0 % 6) } else { format!("[{rank}] ") }
 }
 
 /// The last lines of a rank, standard output and error together.
@@ -27,21 +93,26 @@ pub(super) struct Tail {
 
 impl Tail {
     /// Reads what the child has piped, until it closes it.
-    pub(super) fn of(child: &mut Child) -> Tail {
+    ///
+    /// # Errors
+    /// `Backend` if a file cannot be made.
+    pub(super) fn of(child: &mut Child, rank: Rank, output: &RankOutput) -> Result<Tail> {
         let mut tail = Tail::default();
+        let [out, error] = output.copies(rank)?;
         if let Some(stdout) = child.stdout.take() {
-            tail.read(stdout);
+            tail.read(stdout, out);
         }
         if let Some(stderr) = child.stderr.take() {
-            tail.read(stderr);
+            tail.read(stderr, error);
         }
-        tail
+        Ok(tail)
     }
 
-    fn read(&mut self, stream: impl Read + Send + 'static) {
+    fn read(&mut self, stream: impl Read + Send + 'static, copy: Copy) {
         let lines = self.lines.clone();
         self.readers.push(std::thread::spawn(move || {
-            for line in BufReader::new(stream).split(b'\n').map_while(Result::ok) {
+            for line in BufReader::new(stream).split(b'\n').map_while(std::io::Result::ok) {
+                copy.line(&line);
                 let mut lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
                 if lines.len() == KEPT {
                     lines.pop_front();

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::rc::Rc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -62,6 +62,17 @@ impl TcpStoreServer {
         let thread =
             std::thread::Builder::new().name("sconce-store".to_owned()).spawn(serve).map_err(failed)?;
         Ok(TcpStoreServer { addr: bound, stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// Serves at `host:port`, at the first address of that name.
+    ///
+    /// # Errors
+    /// `Store` if the name has no address, or as [`TcpStoreServer::bind`].
+    pub fn bind_to(addr: &str, token: &str) -> Result<TcpStoreServer> {
+        let failed = |cause: String| Error::store("bind", addr, cause);
+        let mut addrs = addr.to_socket_addrs().map_err(|cause| failed(cause.to_string()))?;
+        let first = addrs.next().ok_or_else(|| failed("the name has no address".to_owned()))?;
+        Self::bind(first, token)
     }
 
     /// Where it listens.

@@ -1,0 +1,111 @@
+//! The command line. Names are torchrun's.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+use sconce_mesh::{Error, Node, Result};
+
+/// The secret that the launchers and ranks of several nodes share.
+const TOKEN: &str = "SCONCE_STORE_TOKEN";
+
+/// Starts the ranks of one node with torchrun's environment.
+#[derive(Debug, Parser)]
+#[command(name = "sconce-run", version)]
+pub(crate) struct Args {
+    /// Ranks on this node; `auto` takes one for each core.
+    #[arg(long, default_value = "auto", value_parser = n_ranks)]
+    nproc_per_node: NRanks,
+    /// Nodes; each runs this program with the same arguments but for `--node-rank`.
+    #[arg(long, default_value_t = 1)]
+    nnodes: usize,
+    /// This node.
+    #[arg(long, default_value_t = 0)]
+    node_rank: usize,
+    /// Address of node 0, whose launcher hosts the store.
+    #[arg(long, default_value = "127.0.0.1")]
+    master_addr: String,
+    /// Port of the store on node 0.
+    #[arg(long, default_value_t = 29500)]
+    master_port: u16,
+    /// How often all ranks are started again after one has failed; on one node only.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) max_restarts: usize,
+    /// Shows every so many seconds which ranks run and how much memory they hold.
+    #[arg(long, value_parser = seconds)]
+    pub(crate) monitor: Option<Duration>,
+    /// Writes the output of rank R to `rank-R.log` in this directory instead of showing it.
+    #[arg(long)]
+    pub(crate) log_dir: Option<PathBuf>,
+    /// The program and its arguments.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) program: Vec<OsString>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum NRanks {
+    Auto,
+    Given(usize),
+}
+
+fn n_ranks(text: &str) -> Result<NRanks, String> {
+    match text {
+        "auto" => Ok(NRanks::Auto),
+        _ => match text.parse() {
+            Ok(n) if n > 0 => Ok(NRanks::Given(n)),
+            _ => Err("expected `auto` or a number from 1".to_owned()),
+        },
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse::<f64>().ok().filter(|seconds| *seconds > 0.0);
+    let duration = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    duration.ok_or_else(|| "expected a number of seconds above 0".to_owned())
+}
+
+impl Args {
+    /// Ranks on this node.
+    pub(crate) fn n_ranks(&self) -> usize {
+        match self.nproc_per_node {
+            NRanks::Given(n) => n,
+            NRanks::Auto => std::thread::available_parallelism().map_or(1, usize::from),
+        }
+    }
+
+    /// This node among several; `None` if it is the only one.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, `Environment` without a shared token.
+    pub(crate) fn node(&self) -> Result<Option<Node>> {
+        if self.nnodes == 1 && self.node_rank == 0 {
+            return Ok(None);
+        }
+        if self.node_rank >= self.nnodes {
+            let expected = format!("a node below --nnodes {}", self.nnodes);
+            return Err(invalid("--node-rank", expected, self.node_rank));
+        }
+        if self.max_restarts > 0 {
+            return Err(invalid("--max-restarts", "0 with several nodes".into(), self.max_restarts));
+        }
+        let token = std::env::var(TOKEN).ok().filter(|token| !token.is_empty());
+        let token = token.ok_or_else(|| Error::Environment {
+            name: TOKEN.into(),
+            expected: "a secret, the same on all nodes",
+            got: None,
+        })?;
+        Ok(Some(Node {
+            n_nodes: self.nnodes,
+            node_rank: self.node_rank,
+            n_ranks: self.n_ranks(),
+            master_addr: self.master_addr.clone(),
+            master_port: self.master_port,
+            token,
+        }))
+    }
+}
+
+fn invalid(what: &str, expected: String, got: usize) -> Error {
+    Error::InvalidArgument { op: "sconce-run", what: what.into(), expected, got: got.to_string() }
+}
