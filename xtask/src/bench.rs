@@ -6,7 +6,7 @@ use std::process::Command;
 
 use crate::root;
 
-const USAGE: &str = "usage: cargo xtask bench collectives [--torch PYTHON] [--ferrotorch]";
+const USAGE: &str = "usage: cargo xtask bench collectives [--torch PYTHON] [--ferrotorch] | overlap | store";
 
 /// What one program measured: `(ranks, op, bytes)` → figures.
 type Figures = BTreeMap<(usize, String, usize), Figure>;
@@ -22,8 +22,10 @@ struct Figure {
 pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
     let mut peers = Vec::new();
     let mut rest = arguments.iter().map(String::as_str);
-    if rest.next() != Some("collectives") {
-        return Err(USAGE.to_owned());
+    match rest.next() {
+        Some("collectives") => {}
+        Some(name @ ("overlap" | "store")) if arguments.len() == 1 => return shown(mesh_bench(name)),
+        _ => return Err(USAGE.to_owned()),
     }
     while let Some(argument) = rest.next() {
         match argument {
@@ -32,18 +34,24 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
             _ => return Err(USAGE.to_owned()),
         }
     }
-    let ours = figures(sconce())?;
+    let ours = figures(mesh_bench("collectives"))?;
     let peers: Result<Vec<_>, String> =
         peers.into_iter().map(|(name, command)| Ok((name, figures(command)?))).collect();
     print(&ours, &peers?);
     Ok(())
 }
 
-fn sconce() -> Command {
+fn mesh_bench(name: &str) -> Command {
     let mut command = Command::new(env!("CARGO"));
-    let arguments = "bench -q -p sconce-mesh --no-default-features --features tcp-store --bench collectives";
-    command.args(arguments.split(' '));
+    let arguments = "bench -q -p sconce-mesh --no-default-features --features tcp-store --bench";
+    command.args(arguments.split(' ')).arg(name);
     command
+}
+
+/// Runs a program that prints its own table.
+fn shown(mut command: Command) -> Result<(), String> {
+    let status = command.current_dir(root()).status().map_err(|e| format!("{command:?}: {e}"))?;
+    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}")) }
 }
 
 fn gloo(python: &str) -> Command {

@@ -20,6 +20,9 @@ use crate::{Error, Result};
 /// How long a client may take to prove the token.
 const HANDSHAKE: Duration = Duration::from_secs(5);
 
+/// Clients that may knock at the same time; the system's `somaxconn` may allow fewer.
+const BACKLOG: i32 = 1 << 14;
+
 /// The rendezvous store that ranks connect to. It serves until it is dropped.
 #[derive(Debug)]
 pub struct TcpStoreServer {
@@ -33,7 +36,8 @@ pub struct TcpStoreServer {
 struct Shared {
     token: Vec<u8>,
     entries: RefCell<HashMap<String, Vec<u8>>>,
-    changed: Notify,
+    /// Who waits for a key. One for all keys would wake ten thousand waiting clients for each that arrives.
+    waiting: RefCell<HashMap<String, Rc<Notify>>>,
 }
 
 impl TcpStoreServer {
@@ -44,6 +48,8 @@ impl TcpStoreServer {
     pub fn bind(addr: SocketAddr, token: &str) -> Result<TcpStoreServer> {
         let failed = |cause: std::io::Error| Error::store("bind", &addr.to_string(), cause.to_string());
         let listener = TcpListener::bind(addr).map_err(failed)?;
+        // std asks for 128; connections beyond it are dropped and come again after a second.
+        rustix::net::listen(&listener, BACKLOG).map_err(|errno| failed(errno.into()))?;
         listener.set_nonblocking(true).map_err(failed)?;
         let bound = listener.local_addr().map_err(failed)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
@@ -147,18 +153,46 @@ async fn answer(shared: &Shared, request: Request) -> (u8, Vec<u8>) {
         let value = timeout(Duration::from_millis(timeout_ms), value_of(shared, &key)).await;
         return value.map_or((TIMED_OUT, vec![]), |value| (DONE, value));
     }
+    let waiting = shared.waiting.borrow().get(&key).cloned();
     let reply = change(&mut shared.entries.borrow_mut(), op, key, a, b);
-    shared.changed.notify_waiters();
+    waiting.iter().for_each(|waiting| waiting.notify_waiters());
     reply
 }
 
 async fn value_of(shared: &Shared, key: &str) -> Vec<u8> {
+    if let Some(value) = shared.entries.borrow().get(key) {
+        return value.clone();
+    }
+    let waiting = Waiting::new(shared, key);
     loop {
-        let changed = shared.changed.notified();
+        let changed = waiting.notify.notified();
         if let Some(value) = shared.entries.borrow().get(key) {
             return value.clone();
         }
         changed.await;
+    }
+}
+
+/// A client that waits for a key. The last to go takes the key's entry along, also at its deadline.
+struct Waiting<'a> {
+    shared: &'a Shared,
+    key: &'a str,
+    notify: Rc<Notify>,
+}
+
+impl<'a> Waiting<'a> {
+    fn new(shared: &'a Shared, key: &'a str) -> Self {
+        let notify = Rc::clone(shared.waiting.borrow_mut().entry(key.to_owned()).or_default());
+        Waiting { shared, key, notify }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        // One is the map's, one is this.
+        if Rc::strong_count(&self.notify) == 2 {
+            self.shared.waiting.borrow_mut().remove(self.key);
+        }
     }
 }
 
