@@ -12,7 +12,8 @@ mod objects;
 mod p2p;
 mod rooted;
 
-use self::check::{in_group, len_is, n_counts, total};
+pub(crate) use self::check::in_group;
+use self::check::{len_is, n_counts, total};
 use crate::backend::{Call, CallName};
 use crate::{Element, GroupRank, ProcessGroup, ReduceOp, Result};
 

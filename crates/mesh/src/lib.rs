@@ -8,6 +8,8 @@ mod dtype;
 mod env;
 mod error;
 mod flight_recorder;
+#[cfg(feature = "candle")]
+pub mod functional;
 #[cfg(feature = "tcp-store")]
 mod launcher;
 mod layout;

@@ -36,7 +36,7 @@ pub(super) fn n_counts(op: &'static str, what: &str, group_size: usize, got: usi
 }
 
 /// Checks that the group has this rank.
-pub(super) fn in_group(op: &'static str, root: GroupRank, group_size: usize) -> Result<()> {
+pub(crate) fn in_group(op: &'static str, root: GroupRank, group_size: usize) -> Result<()> {
     if root.0 < group_size {
         return Ok(());
     }
