@@ -9,6 +9,9 @@ pub(crate) const STORE_HOSTED: &str = "SCONCE_STORE_HOSTED";
 #[cfg(feature = "tcp-store")]
 pub(crate) const STORE_TOKEN: &str = "SCONCE_STORE_TOKEN";
 
+/// `True` if torchrun serves its own store at `MASTER_PORT`.
+pub(crate) const AGENT_STORE: &str = "TORCHELASTIC_USE_AGENT_STORE";
+
 /// A rank's place in the world, and where the world meets.
 ///
 /// # Source
@@ -53,7 +56,9 @@ impl RankEnv {
         Self::from_vars(|name| std::env::var(name).ok())
     }
 
-    /// What the variables that `lookup` finds say. The local rank and the local world size default to the global ones.
+    /// What the variables that `lookup` finds say.
+    ///
+    /// Under torchrun `MASTER_PORT` is taken by torchrun's own store, so ours is at the port after it. The local rank and the local world size default to the global ones.
     ///
     /// # Errors
     /// As [`RankEnv::from_env`].
@@ -76,7 +81,7 @@ impl RankEnv {
             world_size,
             local_world_size: or(local_size, world_size)?,
             master_addr: lookup("MASTER_ADDR").unwrap_or_else(|| "127.0.0.1".to_owned()),
-            master_port: port(lookup("MASTER_PORT"))?,
+            master_port: port(lookup("MASTER_PORT"), lookup(AGENT_STORE).as_deref() == Some("True"))?,
         })
     }
 
@@ -115,10 +120,10 @@ fn number(
     parsed.ok_or_else(|| Error::Environment { name: name.to_owned(), expected, got: value })
 }
 
-/// torch's default port where none is given.
-fn port(value: Option<String>) -> Result<u16> {
-    let Some(text) = value else { return Ok(29500) };
-    let parsed = text.trim().parse().ok();
+/// torch's default port where none is given; the one after it if `taken`.
+fn port(value: Option<String>, taken: bool) -> Result<u16> {
+    let Some(text) = value else { return Ok(29500 + u16::from(taken)) };
+    let parsed = text.trim().parse::<u16>().ok().and_then(|port| port.checked_add(taken.into()));
     parsed.ok_or(Error::Environment { name: "MASTER_PORT".to_owned(), expected: "a port", got: Some(text) })
 }
 
@@ -141,6 +146,14 @@ mod tests {
         assert_eq!((of_slurm.rank, of_slurm.local_rank, of_slurm.world_size), (Rank(2), 0, 4));
         let of_torch = parse(&[&mpi[..], &slurm, &torch].concat()).unwrap();
         assert_eq!((of_torch.rank, of_torch.world_size, of_torch.master_port), (Rank(3), 8, 1234));
+    }
+
+    #[test]
+    fn under_torchruns_own_store_ours_is_one_port_further() {
+        let vars = [("RANK", "0"), ("WORLD_SIZE", "2"), ("TORCHELASTIC_USE_AGENT_STORE", "True")];
+        let port = |port: &'static str| parse(&[&vars[..], &[("MASTER_PORT", port)]].concat());
+        assert_eq!(port("4000").unwrap().master_port, 4001);
+        assert!(port("65535").is_err());
     }
 
     #[test]

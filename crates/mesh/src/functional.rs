@@ -12,7 +12,7 @@
 //! | `all_to_all` | `all_to_all` |
 //! | `broadcast` | sum on the root, zeros elsewhere |
 //!
-//! Errors are candle's; inside them is this crate's [`Error`](crate::Error).
+//! Errors are candle's; inside them is this crate's [`Error`].
 //!
 //! # Source
 //! `torch.distributed.nn.functional` and `torch.distributed._functional_collectives`.

@@ -13,7 +13,7 @@ use rustix::process::{
     set_parent_process_death_signal,
 };
 
-use crate::env::{STORE_HOSTED, STORE_TOKEN};
+use crate::env::{AGENT_STORE, STORE_HOSTED, STORE_TOKEN};
 use crate::{Error, Rank, RankEnv, Result, TcpStoreServer};
 pub use output::RankOutput;
 use output::Tail;
@@ -147,6 +147,8 @@ impl RankProcesses {
             };
             let mut command = command(&env);
             command.envs(env.to_vars()).env(STORE_TOKEN, &node.token).env(STORE_HOSTED, "1");
+            // This launcher may itself run under torchrun.
+            command.env_remove(AGENT_STORE);
             command.env(PARENT, std::process::id().to_string()).stdin(Stdio::null());
             started.ranks.push(RankProcess::start(env.rank, command, output)?);
         }
