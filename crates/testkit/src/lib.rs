@@ -1,6 +1,7 @@
 //! Fixtures, the multi-rank harness and models for the tests of Sconce.
 #![allow(clippy::expect_used, clippy::panic, reason = "a harness fails its test by panicking")]
 
+pub mod conformance;
 mod fixtures;
 mod models;
 mod procs;
