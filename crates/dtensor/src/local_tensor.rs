@@ -34,6 +34,13 @@ pub trait LocalTensor: Send + Sync {
     /// A copy that shares no memory with this one.
     fn deep_copy(&self) -> Result<Box<dyn LocalTensor>>;
 
+    /// A value that keeps what this one holds now, whatever is written to this one later.
+    ///
+    /// It is a copy, unless whoever writes the tensor leaves old values alone while a snapshot holds them.
+    fn snapshot(&self) -> Result<Box<dyn LocalTensor>> {
+        self.deep_copy()
+    }
+
     /// This value for downcasting, where its type is `'static`.
     fn as_any(&self) -> Option<&dyn Any> {
         None
