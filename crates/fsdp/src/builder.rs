@@ -138,7 +138,7 @@ impl FsdpBuilder {
         let own: Vec<&DeclaredParam> = declared.params.iter().filter(|p| p.unit == nth).collect();
         let layout = own.iter().map(|p| (p.fqn.clone(), p.cell.dims().to_vec()));
         let flat = FlatParameter::new(layout, self.groups.shard.size());
-        let shard = self.initial_shard(&flat, &own)?;
+        let shard = self.initial_shard(&flat, &own);
         let DeclaredUnit { prefix, slot, .. } = &declared.units[nth];
         let is_root = nth == 0;
         Ok(Unit::new(UnitParts {
@@ -154,7 +154,7 @@ impl FsdpBuilder {
         }))
     }
 
-    fn initial_shard(&self, flat: &FlatParameter, params: &[&DeclaredParam]) -> Result<Shard> {
+    fn initial_shard(&self, flat: &FlatParameter, params: &[&DeclaredParam]) -> Shard {
         let mut values = vec![0f32; flat.shard_numel()];
         let shard = self.groups.shard.group_rank().0;
         for (index, (param, layout)) in params.iter().zip(flat.params()).enumerate() {

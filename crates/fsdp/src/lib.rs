@@ -10,6 +10,7 @@ mod init;
 mod optim;
 mod output;
 mod shard;
+mod shard_piece;
 mod sharded;
 mod state_dict;
 mod strategy;

@@ -1,45 +1,156 @@
-//! Shard: this rank's flat f32 elements of a unit, lent as slices. Holds no layout and communicates nothing.
+//! Shard: this rank's flat f32 elements of a unit. Holds no layout and communicates nothing.
+//!
+//! Values are immutable while a snapshot holds them: whoever writes then writes beside them (copy on write).
 
-use candle_core::{Device, Tensor};
-use sconce_dtensor::{FlatTensor, LocalTensor};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::Result;
-use crate::error::CandleContext;
+/// Elements that an update rewrites at a time: what it copies from held values is still in the first cache when it
+/// computes with it, so that writing beside a snapshot is no pass over memory of its own.
+const BLOCK: usize = 1024;
 
-/// A 1-D f32 tensor whose storage state dicts may share.
+/// Flat elements that state dicts and snapshots may share. A clone is the same shard.
 #[derive(Debug, Clone)]
-pub(crate) struct Shard {
-    tensor: Tensor,
-    lent: FlatTensor,
-}
+pub(crate) struct Shard(Arc<Mutex<Arc<Vec<f32>>>>);
 
 impl Shard {
-    pub(crate) fn zeros(numel: usize) -> Result<Self> {
+    pub(crate) fn zeros(numel: usize) -> Self {
         Self::from_vec(vec![0.0; numel])
     }
 
-    pub(crate) fn from_vec(values: Vec<f32>) -> Result<Self> {
-        let numel = values.len();
-        let tensor =
-            Tensor::from_vec(values, numel, &Device::Cpu).during(|| format!("a shard of {numel}"))?;
-        Ok(Self { lent: FlatTensor::whole(&tensor)?, tensor })
+    pub(crate) fn from_vec(values: Vec<f32>) -> Self {
+        Self(Arc::new(Mutex::new(Arc::new(values))))
     }
 
-    /// Elements `start..start + len`, sharing this shard's storage.
-    pub(crate) fn view(&self, start: usize, len: usize) -> Result<Tensor> {
-        self.tensor.narrow(0, start, len).during(|| format!("elements {start}+{len} of a shard"))
+    /// What the shard holds now. While the caller keeps it, writers write beside it.
+    pub(crate) fn values(&self) -> Arc<Vec<f32>> {
+        self.lock().clone()
     }
 
-    pub(crate) fn read<R>(&self, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
-        let (mut f, mut out) = (Some(f), None);
-        self.lent.read_box(0, &mut |bytes| out = f.take().map(|f| f(bytemuck::cast_slice(bytes))))?;
-        Ok(out.unwrap_or_else(|| unreachable!("read_box lends exactly once when it succeeds")))
+    /// A shard of its own that keeps what this one holds now, without a copy.
+    pub(crate) fn snapshot(&self) -> Self {
+        Self(Arc::new(Mutex::new(self.values())))
     }
 
-    pub(crate) fn write<R>(&self, f: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
-        let (mut f, mut out) = (Some(f), None);
-        let mut lent = self.lent.clone();
-        lent.write_box(0, &mut |bytes| out = f.take().map(|f| f(bytemuck::cast_slice_mut(bytes))))?;
-        Ok(out.unwrap_or_else(|| unreachable!("write_box lends exactly once when it succeeds")))
+    /// Lends all elements for a change of some; values that a snapshot holds are copied first.
+    pub(crate) fn write<R>(&self, f: impl FnOnce(&mut [f32]) -> R) -> R {
+        f(exclusive(&mut self.lock()))
+    }
+
+    /// Rewrites every element of a shard and of the moments beside it, which are as long.
+    ///
+    /// `f` is lent consecutive ranges and changes them in place. Where a snapshot holds the values, it changes a
+    /// fresh buffer that takes their place, in one pass.
+    pub(crate) fn update<const N: usize>(
+        &self,
+        moments: &[Shard; N],
+        mut f: impl FnMut(Range<usize>, &mut [f32], [&mut [f32]; N]),
+    ) {
+        let mut held = self.lock();
+        let numel = held.len();
+        let mut held_moments = moments.each_ref().map(Shard::lock);
+        let mut target = Target::of(&mut held);
+        let mut targets = held_moments.each_mut().map(|held| Target::of(held));
+        for start in (0..numel).step_by(BLOCK) {
+            let range = start..(start + BLOCK).min(numel);
+            let blocks = targets.each_mut().map(|target| target.block(&range));
+            f(range.clone(), target.block(&range), blocks);
+        }
+        target.finish();
+        targets.into_iter().for_each(Target::finish);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Arc<Vec<f32>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Where an update writes.
+enum Target<'a> {
+    InPlace(&'a mut [f32]),
+    Beside { held: &'a mut Arc<Vec<f32>>, new: Vec<f32> },
+}
+
+impl<'a> Target<'a> {
+    fn of(held: &'a mut Arc<Vec<f32>>) -> Self {
+        if Arc::get_mut(held).is_some() {
+            // No one else holds it, so that this does not copy.
+            return Self::InPlace(exclusive(held));
+        }
+        let new = Vec::with_capacity(held.len());
+        Self::Beside { held, new }
+    }
+
+    /// The next block, with the old values.
+    fn block(&mut self, range: &Range<usize>) -> &mut [f32] {
+        match self {
+            Self::InPlace(values) => &mut values[range.clone()],
+            Self::Beside { held, new } => {
+                new.extend_from_slice(&held[range.clone()]);
+                &mut new[range.clone()]
+            }
+        }
+    }
+
+    fn finish(self) {
+        if let Self::Beside { held, new } = self {
+            *held = Arc::new(new);
+        }
+    }
+}
+
+/// The values to change in place, copied if someone else holds them.
+fn exclusive(held: &mut Arc<Vec<f32>>) -> &mut Vec<f32> {
+    Arc::make_mut(held)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NUMEL: usize = 2 * BLOCK + 7;
+
+    fn add_gradient(shard: &Shard, moments: &[Shard; 1]) {
+        let gradient: Vec<f32> = (0..NUMEL).map(|i| i as f32).collect();
+        shard.update(moments, |range, values, [moment]| {
+            for ((value, moment), g) in values.iter_mut().zip(moment).zip(&gradient[range]) {
+                *moment += g;
+                *value += *moment;
+            }
+        });
+    }
+
+    #[test]
+    fn an_update_beside_a_snapshot_equals_one_in_place_and_leaves_the_snapshot() {
+        let (shard, moment) = (Shard::from_vec(vec![1.0; NUMEL]), [Shard::zeros(NUMEL)]);
+        let (plain, plain_moment) = (Shard::from_vec(vec![1.0; NUMEL]), [Shard::zeros(NUMEL)]);
+        let (kept, kept_moment) = (shard.snapshot(), moment[0].snapshot());
+        for _ in 0..2 {
+            add_gradient(&shard, &moment);
+            add_gradient(&plain, &plain_moment);
+            assert_eq!(shard.values(), plain.values());
+            assert_eq!(moment[0].values(), plain_moment[0].values());
+        }
+        assert_eq!(*kept.values(), vec![1.0; NUMEL]);
+        assert_eq!(*kept_moment.values(), vec![0.0; NUMEL]);
+    }
+
+    #[test]
+    fn values_move_only_while_they_are_held() {
+        let (shard, moment) = (Shard::zeros(NUMEL), [Shard::zeros(NUMEL)]);
+        let place = |shard: &Shard| shard.values().as_ptr();
+        let before = (place(&shard), place(&moment[0]));
+        add_gradient(&shard, &moment);
+        assert_eq!((place(&shard), place(&moment[0])), before, "in place");
+        let kept = shard.snapshot();
+        assert_eq!(place(&kept), before.0, "a snapshot copies nothing");
+        add_gradient(&shard, &moment);
+        assert!(
+            place(&shard) != before.0 && place(&moment[0]) == before.1,
+            "beside what is held, and only that"
+        );
+        let moved = place(&shard);
+        add_gradient(&shard, &moment);
+        assert_eq!(place(&shard), moved, "in place again, though the snapshot lives");
     }
 }

@@ -7,6 +7,7 @@ use sconce_dtensor::{
 
 use crate::error::CandleContext;
 use crate::shard::Shard;
+use crate::shard_piece::ShardPiece;
 use crate::unit::Unit;
 use crate::{Fsdp, Result, ShardingStrategy};
 
@@ -23,16 +24,9 @@ pub enum StateDictType {
     Full,
     /// A `DTensor` a parameter: `[Shard(0)]` on a 1-D mesh, `[Replicate, Shard(0)]` under hybrid sharding.
     Sharded,
-    /// The boxes that this rank's flat shards hold, sharing their storage: no communication and no copy. The choice
-    /// for checkpoints.
+    /// The boxes that this rank's flat shards hold, sharing their storage: no communication and no copy, for a
+    /// [snapshot](LocalTensor::snapshot) neither. The choice for checkpoints.
     FlatShard,
-}
-
-/// Where a unit's elements of one kind (parameters, a moment) begin in a shard.
-#[derive(Clone, Copy)]
-pub(crate) struct ShardPart<'s> {
-    pub(crate) shard: &'s Shard,
-    pub(crate) start: usize,
 }
 
 impl Fsdp {
@@ -45,7 +39,7 @@ impl Fsdp {
     pub fn state_dict(&self, kind: StateDictType) -> Result<StateDict<'static>> {
         // Flat shards may be written through their state dict: no gathered copy may outlive that.
         self.reshard()?;
-        shard_state_dict(self, &self.parameter_parts(), kind)
+        shard_state_dict(self, &self.parameter_shards(), kind)
     }
 
     /// Takes the parameters of a state dict of any kind, from any layout of this mesh's ranks.
@@ -57,13 +51,13 @@ impl Fsdp {
     /// `RefusedElsewhere`; `DTensor(Uncovered)` if no rank holds a part of a parameter.
     pub fn load_state_dict(&self, state: &StateDict<'_>) -> Result<()> {
         let mut loading = Loading::new(self);
-        loading.add(&self.parameter_parts(), "", |fqn| state.get(fqn))?;
+        loading.add(&self.parameter_shards(), "", |fqn| state.get(fqn));
         loading.refuse_unexpected(state.keys());
         loading.run(Ok(()))
     }
 
-    fn parameter_parts(&self) -> Vec<ShardPart<'_>> {
-        self.units.iter().map(|unit| ShardPart { shard: &unit.shard, start: 0 }).collect()
+    fn parameter_shards(&self) -> Vec<&Shard> {
+        self.units.iter().map(|unit| &unit.shard).collect()
     }
 
     /// The placements of a parameter in a sharded state dict.
@@ -83,7 +77,7 @@ impl Fsdp {
 struct Piece<'f> {
     unit: &'f Unit,
     index: usize,
-    held: FlatTensor,
+    held: ShardPiece,
 }
 
 impl Piece<'_> {
@@ -92,16 +86,16 @@ impl Piece<'_> {
     }
 }
 
-/// One part a unit as a state dict of `kind`.
+/// One shard a unit (its parameters, or a moment) as a state dict of `kind`.
 pub(crate) fn shard_state_dict(
     fsdp: &Fsdp,
-    parts: &[ShardPart<'_>],
+    shards: &[&Shard],
     kind: StateDictType,
 ) -> Result<StateDict<'static>> {
     let mut pieces = Vec::new();
-    for (unit, part) in fsdp.units.iter().zip(parts) {
+    for (unit, shard) in fsdp.units.iter().zip(shards) {
         for index in 0..unit.flat.params().len() {
-            pieces.push(Piece { unit, index, held: piece(unit, *part, index)? });
+            pieces.push(Piece { unit, index, held: piece(unit, shard, index) });
         }
     }
     match kind {
@@ -115,10 +109,10 @@ pub(crate) fn shard_state_dict(
 }
 
 /// What this rank's shard holds of a parameter, sharing its storage.
-fn piece(unit: &Unit, part: ShardPart<'_>, index: usize) -> Result<FlatTensor> {
+fn piece(unit: &Unit, shard: &Shard, index: usize) -> ShardPiece {
     let run = unit.flat.run(index, unit.shard_index());
-    let flat = part.shard.view(part.start + run.shard_offset, run.len)?;
-    Ok(FlatTensor::run(flat, &unit.flat.params()[index].shape, run.param_offset)?)
+    let shape = &unit.flat.params()[index].shape;
+    ShardPiece::new(shard.clone(), run.shard_offset, shape, run.param_offset, run.len)
 }
 
 /// A value to be filled, and the boxes that each rank of the shard group wants of it.

@@ -88,7 +88,7 @@ impl Unit {
         }
         let mut buffers: Vec<Vec<f32>> = self.flat.params().iter().map(|p| vec![0.0; p.numel]).collect();
         let mut parts: Vec<&mut [f32]> = buffers.iter_mut().map(Vec::as_mut_slice).collect();
-        self.shard.read(|shard| self.groups.shard.all_gather_vectored(shard, &mut parts))??;
+        self.groups.shard.all_gather_vectored(&self.shard.values(), &mut parts)?;
         for (cell, buffer) in self.cells.iter().zip(buffers) {
             swap_storage(cell, CpuStorage::F32(buffer))
                 .during(|| format!("unsharding unit {:?}", self.name))?;

@@ -201,3 +201,51 @@ fn two_layers_that_ask_for_one_name_share_one_parameter() {
         );
     });
 }
+
+#[test]
+fn a_snapshot_of_flat_shards_keeps_its_values_while_training_and_loading_go_on() {
+    ranks(2, |world| {
+        let (net, fsdp) = with_units(&world, ShardingStrategy::FullShard, 5, &[]);
+        let mut optim = Adam::new(&fsdp, AdamConfig::default()).unwrap();
+        let x = tensor(&[4, 5], world.rank().0);
+        let mut step = || {
+            let loss = fsdp.forward(&[&x], || net.forward(&x)?.sqr()?.mean_all()).unwrap();
+            fsdp.backward(&loss).unwrap();
+            optim.step(&fsdp).unwrap();
+            optim.state_dict(&fsdp, StateDictType::FlatShard).unwrap()
+        };
+        let state = StateDict::from_iter([
+            ("optim", Value::Map(step())),
+            ("model", Value::Map(fsdp.state_dict(StateDictType::FlatShard).unwrap())),
+        ]);
+        let held = bytes(&state, |tensor| tensor.deep_copy());
+        let (before, snapshot) = (bytes(&state, |tensor| tensor.snapshot()), snapshots(&state));
+        assert_eq!(before, held);
+        step();
+        assert_ne!(bytes(&state, |tensor| tensor.deep_copy()), held, "the live state moved on");
+        let other = model(&world, ShardingStrategy::FullShard, 6).state_dict(StateDictType::Full).unwrap();
+        fsdp.load_state_dict(&other).unwrap();
+        let kept: Vec<u8> = snapshot.iter().flat_map(|tensor| boxes(tensor.as_ref())).collect();
+        assert_eq!(kept, held, "the snapshot did not");
+    });
+}
+
+fn snapshots(state: &StateDict<'_>) -> Vec<Box<dyn LocalTensor>> {
+    state.flat_tensors().unwrap().values().map(|tensor| tensor.snapshot().unwrap()).collect()
+}
+
+/// The bytes of copies of all tensors of a state, one after the other.
+fn bytes(
+    state: &StateDict<'_>,
+    copy: impl Fn(&dyn LocalTensor) -> sconce_dtensor::Result<Box<dyn LocalTensor>>,
+) -> Vec<u8> {
+    state.flat_tensors().unwrap().values().flat_map(|tensor| boxes(copy(*tensor).unwrap().as_ref())).collect()
+}
+
+fn boxes(tensor: &dyn LocalTensor) -> Vec<u8> {
+    let mut all = vec![];
+    for index in 0..tensor.local_boxes().len() {
+        tensor.read_box(index, &mut |bytes| all.extend_from_slice(bytes)).unwrap();
+    }
+    all
+}

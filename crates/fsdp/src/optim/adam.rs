@@ -62,15 +62,15 @@ impl Adam {
     /// # Errors
     /// The state could not be allocated.
     pub fn new(fsdp: &Fsdp, config: AdamConfig) -> Result<Self> {
-        Ok(Self { config, moments: Moments::new(fsdp)? })
+        Ok(Self { config, moments: Moments::new(fsdp) })
     }
 }
 
 impl Optimizer for Adam {
     fn step(&mut self, fsdp: &Fsdp) -> Result<()> {
         let config = self.config;
-        self.moments.update(fsdp, |step, param, gradient, [exp_avg, exp_avg_sq]| {
-            let scalars = Scalars::new(&config, step);
+        let factors = |step| Scalars::new(&config, step);
+        self.moments.update(fsdp, factors, |scalars, param, gradient, [exp_avg, exp_avg_sq]| {
             let state = exp_avg.iter_mut().zip(exp_avg_sq);
             for ((param, gradient), (avg, avg_sq)) in param.iter_mut().zip(gradient).zip(state) {
                 scalars.update(param, *gradient, avg, avg_sq);

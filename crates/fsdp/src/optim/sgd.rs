@@ -41,26 +41,30 @@ impl Sgd {
     /// # Errors
     /// The state could not be allocated.
     pub fn new(fsdp: &Fsdp, config: SgdConfig) -> Result<Self> {
-        Ok(Self { config, moments: Moments::new(fsdp)? })
+        Ok(Self { config, moments: Moments::new(fsdp) })
     }
 }
 
 impl Optimizer for Sgd {
     fn step(&mut self, fsdp: &Fsdp) -> Result<()> {
         let SgdConfig { lr, momentum, weight_decay } = self.config;
-        self.moments.update(fsdp, |step, param, gradient, [buffer]| {
-            for ((param, gradient), buffer) in param.iter_mut().zip(gradient).zip(buffer) {
-                let mut gradient = *gradient;
-                if weight_decay != 0.0 {
-                    gradient += weight_decay as f32 * *param;
+        self.moments.update(
+            fsdp,
+            |step| step == 1,
+            |is_first, param, gradient, [buffer]| {
+                for ((param, gradient), buffer) in param.iter_mut().zip(gradient).zip(buffer) {
+                    let mut gradient = *gradient;
+                    if weight_decay != 0.0 {
+                        gradient += weight_decay as f32 * *param;
+                    }
+                    if momentum != 0.0 {
+                        *buffer = if *is_first { gradient } else { momentum as f32 * *buffer + gradient };
+                        gradient = *buffer;
+                    }
+                    *param -= lr as f32 * gradient;
                 }
-                if momentum != 0.0 {
-                    *buffer = if step == 1 { gradient } else { momentum as f32 * *buffer + gradient };
-                    gradient = *buffer;
-                }
-                *param -= lr as f32 * gradient;
-            }
-        })
+            },
+        )
     }
 
     fn state_dict(&self, fsdp: &Fsdp, kind: StateDictType) -> Result<StateDict<'static>> {

@@ -5,44 +5,43 @@ use sconce_dtensor::{LocalTensor, StateDict, Value};
 
 use crate::error::CandleContext;
 use crate::shard::Shard;
-use crate::state_dict::{Loading, ShardPart, shard_state_dict};
+use crate::state_dict::{Loading, shard_state_dict};
 use crate::{Error, Fsdp, Result, StateDictType};
 
 /// `N` buffers beside each unit's shard, and how many steps each unit made.
 #[derive(Debug)]
 pub(super) struct Moments<const N: usize> {
-    units: Vec<UnitMoments>,
+    units: Vec<UnitMoments<N>>,
 }
 
-/// The buffers of a unit lie one after the other, so that one lend gives all of them.
 #[derive(Debug)]
-struct UnitMoments {
+struct UnitMoments<const N: usize> {
     step: u64,
-    numel: usize,
-    buffers: Shard,
+    buffers: [Shard; N],
 }
 
 impl<const N: usize> Moments<N> {
-    pub(super) fn new(fsdp: &Fsdp) -> Result<Self> {
-        let zeroed = |numel| Ok(UnitMoments { step: 0, numel, buffers: Shard::zeros(N * numel)? });
-        let units = fsdp.units.iter().map(|unit| zeroed(unit.flat.shard_numel()));
-        Ok(Self { units: units.collect::<Result<_>>()? })
+    pub(super) fn new(fsdp: &Fsdp) -> Self {
+        let zeroed = |numel| UnitMoments { step: 0, buffers: std::array::from_fn(|_| Shard::zeros(numel)) };
+        Self { units: fsdp.units.iter().map(|unit| zeroed(unit.flat.shard_numel())).collect() }
     }
 
-    /// Calls `update(step, parameters, gradient, buffers)` for every unit that has a gradient; `step` counts from 1.
-    pub(super) fn update(
+    /// Calls `update(factors, parameters, gradient, buffers)` for every block of every unit that has a gradient, with
+    /// the `factors(step)` of the unit's step, which counts from 1.
+    pub(super) fn update<F>(
         &mut self,
         fsdp: &Fsdp,
-        mut update: impl FnMut(u64, &mut [f32], &[f32], [&mut [f32]; N]),
+        factors: impl Fn(u64) -> F,
+        mut update: impl FnMut(&F, &mut [f32], &[f32], [&mut [f32]; N]),
     ) -> Result<()> {
         fsdp.reshard()?;
         for (unit, moments) in fsdp.units.iter().zip(&mut self.units) {
             let Some(gradient) = unit.take_gradient() else { continue };
             moments.step += 1;
-            let (step, numel) = (moments.step, moments.numel);
-            unit.shard.write(|param| {
-                moments.buffers.write(|buffers| update(step, param, &gradient, split(buffers, numel)))
-            })??;
+            let factors = factors(moments.step);
+            unit.shard.update(&moments.buffers, |range, param, buffers| {
+                update(&factors, param, &gradient[range], buffers);
+            });
         }
         Ok(())
     }
@@ -63,7 +62,7 @@ impl<const N: usize> Moments<N> {
             }
         }
         for (nth, name) in names.into_iter().enumerate() {
-            let mut moments = shard_state_dict(fsdp, &self.parts(nth), kind)?;
+            let mut moments = shard_state_dict(fsdp, &self.buffers(nth), kind)?;
             for (fqn, entry) in state.iter_mut() {
                 if let (Value::Map(entry), Some(moment)) = (entry, moments.remove(fqn)) {
                     entry.insert(name, moment);
@@ -84,7 +83,7 @@ impl<const N: usize> Moments<N> {
         let entries = saved.map("state").unwrap_or(&empty);
         let mut loading = Loading::new(fsdp);
         for (nth, name) in names.into_iter().enumerate() {
-            loading.add(&self.parts(nth), name, |fqn| entries.map(fqn).and_then(|entry| entry.get(name)))?;
+            loading.add(&self.buffers(nth), name, |fqn| entries.map(fqn).and_then(|entry| entry.get(name)));
         }
         loading.refuse_unexpected(entries.keys());
         let steps = loading.run(saved_steps(fsdp, entries))?;
@@ -95,18 +94,9 @@ impl<const N: usize> Moments<N> {
     }
 
     /// Buffer `nth` of every unit.
-    fn parts(&self, nth: usize) -> Vec<ShardPart<'_>> {
-        self.units.iter().map(|unit| ShardPart { shard: &unit.buffers, start: nth * unit.numel }).collect()
+    fn buffers(&self, nth: usize) -> Vec<&Shard> {
+        self.units.iter().map(|unit| &unit.buffers[nth]).collect()
     }
-}
-
-/// The buffers of `numel` elements that lie one after the other in `all`.
-fn split<const N: usize>(mut all: &mut [f32], numel: usize) -> [&mut [f32]; N] {
-    std::array::from_fn(|_| {
-        let (first, rest) = std::mem::take(&mut all).split_at_mut(numel);
-        all = rest;
-        first
-    })
 }
 
 /// The step count of every unit: that of its first parameter.

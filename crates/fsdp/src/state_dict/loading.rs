@@ -2,9 +2,11 @@
 
 use std::collections::HashSet;
 
-use sconce_dtensor::{DType, ExchangePlan, FlatTensor, LocalTensor, Move, TensorBox, Value, exchange};
+use sconce_dtensor::{DType, ExchangePlan, LocalTensor, Move, TensorBox, Value, exchange};
 
-use super::{ShardPart, piece};
+use super::piece;
+use crate::shard::Shard;
+use crate::shard_piece::ShardPiece;
 use crate::{Error, Fsdp, Result};
 
 /// A load in the making: first everything is looked up and compared, then all ranks agree, then values move.
@@ -22,7 +24,7 @@ struct Item<'s> {
     unit: usize,
     index: usize,
     src: &'s (dyn LocalTensor + 's),
-    dst: FlatTensor,
+    dst: ShardPiece,
 }
 
 impl<'f, 's> Loading<'f, 's> {
@@ -33,11 +35,11 @@ impl<'f, 's> Loading<'f, 's> {
     /// Looks up a value for every parameter; `suffix` names what is looked up below it, for errors.
     pub(crate) fn add<'a: 's>(
         &mut self,
-        parts: &[ShardPart<'_>],
+        shards: &[&Shard],
         suffix: &str,
         find: impl Fn(&str) -> Option<&'s Value<'a>>,
-    ) -> Result<()> {
-        for (nth, (unit, part)) in self.fsdp.units.iter().zip(parts).enumerate() {
+    ) {
+        for (nth, (unit, shard)) in self.fsdp.units.iter().zip(shards).enumerate() {
             for (index, param) in unit.flat.params().iter().enumerate() {
                 let fqn =
                     if suffix.is_empty() { param.fqn.clone() } else { format!("{}.{suffix}", param.fqn) };
@@ -45,7 +47,7 @@ impl<'f, 's> Loading<'f, 's> {
                     None => self.missing.push(fqn),
                     Some(value) => match loadable(fqn, &param.shape, value) {
                         Ok(src) => {
-                            let dst = piece(unit, *part, index)?;
+                            let dst = piece(unit, shard, index);
                             self.items.push(Item { unit: nth, index, src, dst });
                         }
                         Err(error) => {
@@ -55,7 +57,6 @@ impl<'f, 's> Loading<'f, 's> {
                 }
             }
         }
-        Ok(())
     }
 
     /// Notes the names that are no parameter.
