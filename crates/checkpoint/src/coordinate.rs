@@ -14,10 +14,42 @@ pub(crate) struct Ranks<'g>(pub(crate) Option<&'g ProcessGroup>);
 /// The rank that plans and commits.
 const COORDINATOR: GroupRank = GroupRank(0);
 
-impl Ranks<'_> {
+/// What ranks tell each other. JSON, unless that is too long.
+pub(crate) trait Message: Sized {
+    fn encode(&self) -> Result<Vec<u8>>;
+    fn decode(bytes: &[u8]) -> Result<Self>;
+}
+
+impl<T: Serialize + DeserializeOwned> Message for T {
+    fn encode(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec(self).map_err(|error| protocol(&error.to_string()))
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self> {
+        serde_json::from_slice(bytes).map_err(|error| protocol(&error.to_string()))
+    }
+}
+
+impl<'g> Ranks<'g> {
     /// Number of ranks.
     pub(crate) fn size(self) -> usize {
         self.0.map_or(1, ProcessGroup::size)
+    }
+
+    /// This rank's position among them.
+    pub(crate) fn position(self) -> usize {
+        self.0.map_or(0, |group| group.group_rank().0)
+    }
+
+    /// How many threads this rank may keep busy: its share of the cores, as if all ranks were on this host.
+    pub(crate) fn threads(self) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        (cores / self.size()).clamp(1, 8)
+    }
+
+    /// The group, if there is somebody to talk to.
+    fn others(self) -> Option<&'g ProcessGroup> {
+        self.0.filter(|group| group.size() > 1)
     }
 
     /// Ends a step that every rank took for itself: its value if all succeeded.
@@ -25,14 +57,27 @@ impl Ranks<'_> {
     /// # Errors
     /// `Ranks` with every failure, the same on every rank; a lone process's own error as it is.
     pub(crate) fn all_ok<T>(self, step: &str, outcome: Result<T>) -> Result<T> {
-        let Some(group) = self.0.filter(|group| group.size() > 1) else { return outcome };
-        let (mine, value) = split(outcome)?;
-        let all = group.all_gather_object(&encode(&mine)?)?;
-        let failures = decode_failures(group, &all)?;
+        let (value, noted) = match outcome {
+            Ok(value) => (Some(value), Ok(())),
+            Err(error) => (None, Err(error)),
+        };
+        self.gather_all(step, noted)?;
         match value {
-            Some(value) if failures.is_empty() => Ok(value),
-            _ => Err(Error::Ranks { step: step.to_owned(), failures }),
+            Some(value) => Ok(value),
+            None => unreachable!("the failure of this rank is one that `gather_all` returns"),
         }
+    }
+
+    /// Ends a step that every rank took for itself: every rank's value, by group rank, if all succeeded.
+    ///
+    /// # Errors
+    /// As [`Ranks::all_ok`].
+    pub(crate) fn gather_all<T: Message>(self, step: &str, outcome: Result<T>) -> Result<Vec<T>> {
+        let Some(group) = self.others() else { return Ok(vec![outcome?]) };
+        let all = group.all_gather_object(&pack(outcome)?)?;
+        let all = all.iter().map(|bytes| unpack(bytes));
+        let outcomes = all.collect::<Result<Vec<Result<T>>>>()?;
+        all_of(group, step, outcomes)
     }
 
     /// Every rank sends a value to the coordinator, which makes one for every rank of them.
@@ -42,81 +87,87 @@ impl Ranks<'_> {
     ///
     /// # Source
     /// `_DistWrapper.reduce_scatter` of `torch/distributed/checkpoint/utils.py`.
-    pub(crate) fn reduce_scatter<L, G>(
+    pub(crate) fn reduce_scatter<L: Message, G: Message>(
         self,
         step: &str,
         local: Result<L>,
         global: impl FnOnce(Vec<L>) -> Result<Vec<G>>,
-    ) -> Result<G>
-    where
-        L: Serialize + DeserializeOwned,
-        G: Serialize + DeserializeOwned,
-    {
-        let Some(group) = self.0.filter(|group| group.size() > 1) else {
+    ) -> Result<G> {
+        let Some(group) = self.others() else {
             let mut made = global(vec![local?])?;
             return made.pop().ok_or_else(|| protocol("the coordinator made nothing"));
         };
-        let (failure, value) = split(local)?;
-        let gathered = group.gather_object(&encode(&(failure, value))?, COORDINATOR)?;
-        let replies = gathered.map(|all| answer(group, step, &all, global)).transpose()?;
+        let gathered = group.gather_object(&pack(local)?, COORDINATOR)?;
+        let replies = gathered.map(|all| answer(group, step, all, global)).transpose()?;
         let reply = group.scatter_object(replies.as_deref(), COORDINATOR)?;
-        decode::<Result<G>>(&reply)?
+        unpack(&reply)?
     }
 }
 
 /// What the coordinator answers to each rank.
-fn answer<L: DeserializeOwned, G: Serialize>(
+fn answer<L: Message, G: Message>(
     group: &ProcessGroup,
     step: &str,
-    all: &[Vec<u8>],
+    all: Vec<Vec<u8>>,
     global: impl FnOnce(Vec<L>) -> Result<Vec<G>>,
 ) -> Result<Vec<Vec<u8>>> {
-    let (mut failures, mut values) = (Vec::new(), Vec::new());
-    for (rank, bytes) in group.ranks().iter().zip(all) {
-        let (failure, value): (Option<Error>, Option<L>) = decode(bytes)?;
-        failures.extend(failure.map(|error| RankFailure::new(*rank, error)));
-        values.extend(value);
-    }
-    if failures.is_empty() {
-        match global(values) {
-            Ok(made) => return made.into_iter().map(|value| encode(&Result::<G>::Ok(value))).collect(),
-            Err(error @ Error::Mesh(_)) => return Err(error),
-            Err(error) => failures.push(RankFailure::new(group.rank(), error)),
+    let outcomes = all.into_iter().map(|bytes| unpack(&bytes)).collect::<Result<Vec<Result<L>>>>()?;
+    let made = all_of(group, step, outcomes).and_then(|values| {
+        global(values).map_err(|error| match error {
+            error @ Error::Mesh(_) => error,
+            error => failed(step, vec![RankFailure::new(group.rank(), error)]),
+        })
+    });
+    match made {
+        Ok(made) => made.into_iter().map(|value| pack(Ok(value))).collect(),
+        Err(error) => {
+            let reply = pack::<G>(Err(error))?;
+            Ok(vec![reply; group.size()])
         }
     }
-    let error = Error::Ranks { step: step.to_owned(), failures };
-    let reply = encode(&Result::<G>::Err(error))?;
-    Ok(vec![reply; group.size()])
 }
 
-/// A failure that can be told to others, or a value. A broken group is returned at once: nobody can be told.
-fn split<T>(outcome: Result<T>) -> Result<(Option<Error>, Option<T>)> {
-    match outcome {
-        Ok(value) => Ok((None, Some(value))),
-        Err(error @ Error::Mesh(_)) => Err(error),
-        Err(error) => Ok((Some(error), None)),
+/// The values of all ranks, or the failures of those that failed.
+fn all_of<T>(group: &ProcessGroup, step: &str, outcomes: Vec<Result<T>>) -> Result<Vec<T>> {
+    let (mut failures, mut values) = (Vec::new(), Vec::new());
+    for (rank, outcome) in group.ranks().iter().zip(outcomes) {
+        match outcome {
+            Ok(value) => values.push(value),
+            Err(error) => failures.push(RankFailure::new(*rank, error)),
+        }
     }
+    if failures.is_empty() { Ok(values) } else { Err(failed(step, failures)) }
 }
 
-fn decode_failures(group: &ProcessGroup, all: &[Vec<u8>]) -> Result<Vec<RankFailure>> {
-    let mut failures = Vec::new();
-    for (rank, bytes) in group.ranks().iter().zip(all) {
-        let failure: Option<Error> = decode(bytes)?;
-        failures.extend(failure.map(|error| RankFailure::new(*rank, error)));
+fn failed(step: &str, failures: Vec<RankFailure>) -> Error {
+    Error::Ranks { step: step.to_owned(), failures }
+}
+
+const OK: u8 = 0;
+const FAILED: u8 = 1;
+
+/// An outcome as bytes. A broken group is returned at once: nobody can be told.
+fn pack<T: Message>(outcome: Result<T>) -> Result<Vec<u8>> {
+    let (kind, body) = match outcome {
+        Ok(value) => (OK, value.encode()?),
+        Err(error @ Error::Mesh(_)) => return Err(error),
+        Err(error) => (FAILED, error.encode()?),
+    };
+    let mut bytes = body;
+    bytes.push(kind);
+    Ok(bytes)
+}
+
+fn unpack<T: Message>(bytes: &[u8]) -> Result<Result<T>> {
+    match bytes.split_last() {
+        Some((&OK, body)) => T::decode(body).map(Ok),
+        Some((&FAILED, body)) => Error::decode(body).map(Err),
+        _ => Err(protocol("bytes of another kind")),
     }
-    Ok(failures)
-}
-
-fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>> {
-    serde_json::to_vec(value).map_err(|error| protocol(&error.to_string()))
-}
-
-fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
-    serde_json::from_slice(bytes).map_err(|error| protocol(&error.to_string()))
 }
 
 /// Ranks of one version understand each other; of several they may not.
-fn protocol(cause: &str) -> Error {
+pub(crate) fn protocol(cause: &str) -> Error {
     Error::ValueMismatch {
         fqn: "message between ranks".to_owned(),
         expected: "one of this version of sconce-checkpoint".to_owned(),

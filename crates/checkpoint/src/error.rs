@@ -167,6 +167,15 @@ pub enum Error {
         cause: String,
     },
 
+    /// A load stopped after it had overwritten a part of the state.
+    #[error("{cause}; {} hold new values already: {}", count(overwritten), overwritten.join(", "))]
+    PartlyLoaded {
+        /// Tensors of any rank of which at least a part was overwritten, with verified bytes, sorted.
+        overwritten: Vec<String>,
+        /// Why it stopped.
+        cause: Box<Error>,
+    },
+
     /// A step failed on some ranks; every rank returns this.
     #[error("{step} failed on {}", list(failures))]
     Ranks {
@@ -211,6 +220,10 @@ impl Error {
         let (expected, got) = (expected.to_string(), got.to_string());
         Error::DTypeMismatch { fqn: fqn.to_owned(), expected, got }
     }
+}
+
+fn count(names: &[String]) -> String {
+    if names.len() == 1 { "1 tensor".to_owned() } else { format!("{} tensors", names.len()) }
 }
 
 fn list(failures: &[RankFailure]) -> String {

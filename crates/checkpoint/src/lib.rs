@@ -8,14 +8,27 @@ mod load;
 mod metadata;
 mod plan;
 mod planner;
+mod read;
 mod save;
+mod stateful;
 mod storage;
 mod tree;
+mod wire;
 
 pub use error::{Error, RankFailure, Result};
 pub use format::{MAJOR_VERSION, MANIFEST_NAME};
-pub use load::{LoadOptions, LoadReport, load, load_new, load_with, read_metadata};
+pub use load::{
+    LoadOptions, Verify, load, load_by, load_from, load_new, load_new_from, load_with, read_metadata,
+};
 pub use metadata::{BLOCK_BYTES, ChunkStorageMetadata, FileMetadata, Metadata, TensorStorageMetadata};
-pub use save::{SaveOptions, SaveReport, save, save_with};
-pub use storage::Access;
+pub use plan::{
+    ChunkLayout, GlobalPlan, HeldTensor, Layout, LoadPlan, LoadReport, ReadItem, SavePlan, TensorLayout,
+    WriteItem, WritePlan, WrittenFile, WrittenItem,
+};
+pub use planner::{DefaultLoadPlanner, DefaultSavePlanner, LoadPlanner, SavePlanner};
+pub use save::{SaveOptions, SaveReport, save, save_to, save_with};
+pub use stateful::{load_parts, save_parts};
+pub use storage::{
+    Access, DataFile, FileSystemReader, FileSystemWriter, LocalFile, StorageReader, StorageWriter,
+};
 pub use tree::Node;

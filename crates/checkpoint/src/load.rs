@@ -1,19 +1,17 @@
-//! Loading: metadata, plan, verify, read. Each function is a step; the order is in [`load_with`].
-//!
-//! Nothing of the destination is touched before every rank has found everything that it needs whole.
+//! Loading: metadata, plan, read. Each function is a step; the order is in [`load_by`].
 
-use std::collections::HashSet;
 use std::path::Path;
 
-use sconce_dtensor::{LocalTensor, StateDict, TensorBuf, Value};
+use sconce_dtensor::{StateDict, TensorBuf, Value};
 use sconce_mesh::ProcessGroup;
 
 use crate::coordinate::Ranks;
-use crate::format::{MANIFEST_NAME, manifest};
 use crate::metadata::Metadata;
-use crate::planner::{ReadPlan, plan_reads, touched_blocks};
-use crate::storage::{Access, ShardReader};
-use crate::tree::Node;
+use crate::plan::{LoadPlan, LoadReport};
+use crate::planner::{DefaultLoadPlanner, LoadPlanner};
+use crate::read::Reads;
+use crate::storage::{Access, FileSystemReader, StorageReader};
+use crate::tree::{self, Node};
 use crate::{Error, Result};
 
 /// How a checkpoint is loaded.
@@ -21,27 +19,47 @@ use crate::{Error, Result};
 pub struct LoadOptions<'g> {
     /// The ranks that load together; `None` for one process by itself.
     pub group: Option<&'g ProcessGroup>,
-    /// Whether the checksums of all blocks that are read are compared first.
-    pub verify: bool,
+    /// When the checksums of the blocks that are read are compared.
+    pub verify: Verify,
     /// Whether names that only the state or only the checkpoint has are an error; if not, they stay as they are.
     pub strict: bool,
-    /// How files are read.
+    /// How local files are read.
     pub access: Access,
+    /// Whether a box of which the checkpoint lacks a part is loaded as far as it goes.
+    pub allow_partial: bool,
+    /// Names of the state that are loaded, by prefix, pattern or list; `None` for all. The others stay, and nothing is
+    /// reported as unexpected.
+    pub select: Option<&'g (dyn Fn(&str) -> bool + Sync)>,
+    /// The name in the checkpoint of a name of the state; `None` if they are the same.
+    pub rename: Option<&'g (dyn Fn(&str) -> String + Sync)>,
+}
+
+/// When checksums are compared. A file without checksums is read without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Verify {
+    /// Each block before anything of it is copied, in the same pass: an error says which tensors hold new values
+    /// already.
+    #[default]
+    AsRead,
+    /// All blocks that any rank needs before anything is copied: after an error the state is on every rank as it was.
+    /// Every byte is read twice.
+    BeforeRead,
+    /// Never.
+    Off,
 }
 
 impl Default for LoadOptions<'_> {
     fn default() -> Self {
-        Self { group: None, verify: true, strict: true, access: Access::positional() }
+        Self {
+            group: None,
+            verify: Verify::default(),
+            strict: true,
+            access: Access::positional(),
+            allow_partial: false,
+            select: None,
+            rename: None,
+        }
     }
-}
-
-/// Names that a load left alone; empty if it was strict.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct LoadReport {
-    /// Names that the state has and the checkpoint lacks.
-    pub missing: Vec<String>,
-    /// Names that the checkpoint has and the state lacks.
-    pub unexpected: Vec<String>,
 }
 
 /// Loads a checkpoint into the state of one process, in place: aliases of its tensors see the loaded values.
@@ -61,7 +79,8 @@ pub fn load(path: impl AsRef<Path>, state: &mut StateDict<'_>) -> Result<LoadRep
 /// # Errors
 /// `Missing`, `NotACheckpoint`, `Version`, `Corrupt`, `Length`; `KeyMismatch`, `ShapeMismatch`, `DTypeMismatch`,
 /// `ValueMismatch`, `Uncovered`; `Io`. With a group they come as `Ranks`, the same on every rank, or as `Mesh` if the
-/// group broke. After any of them but `Mesh` and an `Io` of the last step, the state is on every rank as it was.
+/// group broke. After them the state is on every rank as it was, unless the error is `PartlyLoaded`, which holds one of
+/// them and says what was overwritten, or `Mesh`.
 ///
 /// # Source
 /// The protocol of `torch.distributed.checkpoint.load`; torch ignores names that are not asked for, and checks no bytes.
@@ -70,12 +89,63 @@ pub fn load_with(
     state: &mut StateDict<'_>,
     options: LoadOptions<'_>,
 ) -> Result<LoadReport> {
-    let (path, ranks) = (path.as_ref(), Ranks(options.group));
-    let (plan, report) = ranks.all_ok("plan", Load::plan(path, state, options))?;
-    let verified = if options.verify { plan.verify() } else { Ok(()) };
-    ranks.all_ok("verify", verified)?;
-    ranks.all_ok("read", plan.read(state))?;
-    Ok(report)
+    load_from(&FileSystemReader::new(path.as_ref(), options.access), state, options)
+}
+
+/// Loads from a storage of the caller's choice, of whatever format, with all that [`load_with`] does.
+///
+/// Ranks: collective over `options.group`.
+///
+/// # Errors
+/// Those of the storage, and as [`load_with`].
+pub fn load_from(
+    reader: &dyn StorageReader,
+    state: &mut StateDict<'_>,
+    options: LoadOptions<'_>,
+) -> Result<LoadReport> {
+    let LoadOptions { allow_partial, select, rename, .. } = options;
+    load_by(reader, &mut DefaultLoadPlanner { allow_partial, select, rename }, state, options)
+}
+
+/// Loads through a storage and a planner of the caller's choice: the protocol itself.
+///
+/// Of the options, those that are the default planner's do nothing here.
+///
+/// Ranks: collective over `options.group`.
+///
+/// # Errors
+/// Those of planner and storage, and as [`load_with`].
+pub fn load_by(
+    reader: &dyn StorageReader,
+    planner: &mut dyn LoadPlanner,
+    state: &mut StateDict<'_>,
+    options: LoadOptions<'_>,
+) -> Result<LoadReport> {
+    let ranks = Ranks(options.group);
+    let planned = plan(reader, planner, state, options);
+    let (metadata, plan) = ranks.all_ok("plan", planned)?;
+    let reads = ranks.all_ok("open", Reads::open(reader, &metadata, &plan, state))?;
+    reads.run(ranks, state, options.verify)?;
+    let values = plan.values.iter().map(|(name, node)| (name.as_str(), node)).collect();
+    tree::restore(state, &values);
+    Ok(plan.report)
+}
+
+fn plan(
+    reader: &dyn StorageReader,
+    planner: &mut dyn LoadPlanner,
+    state: &StateDict<'_>,
+    options: LoadOptions<'_>,
+) -> Result<(Metadata, LoadPlan)> {
+    let metadata = reader.read_metadata()?;
+    metadata.check_ranges(reader.path())?;
+    let plan = planner.local_plan(state, &metadata)?;
+    let LoadReport { missing, unexpected, .. } = &plan.report;
+    if options.strict && !(missing.is_empty() && unexpected.is_empty()) {
+        let (path, missing, unexpected) = (reader.path().to_owned(), missing.clone(), unexpected.clone());
+        return Err(Error::KeyMismatch { path, missing, unexpected });
+    }
+    Ok((metadata, plan))
 }
 
 /// Loads a whole checkpoint of any layout into new memory of one process.
@@ -83,10 +153,20 @@ pub fn load_with(
 /// # Errors
 /// As [`load_with`].
 pub fn load_new(path: impl AsRef<Path>) -> Result<StateDict<'static>> {
-    let path = path.as_ref();
-    let metadata = read_metadata(path)?;
-    let mut state = empty_state(&metadata, &metadata.tree, "")?;
-    load(path, &mut state)?;
+    load_new_from(&FileSystemReader::new(path.as_ref(), Access::positional()), LoadOptions::default())
+}
+
+/// Loads what is selected of a storage into new memory of one process, each tensor whole.
+///
+/// # Errors
+/// As [`load_with`].
+pub fn load_new_from(reader: &dyn StorageReader, options: LoadOptions<'_>) -> Result<StateDict<'static>> {
+    let metadata = reader.read_metadata()?;
+    metadata.check_ranges(reader.path())?;
+    let mut state = empty_state(&metadata, &metadata.tree, "", options.select)?;
+    // The state has been selected; what it has is loaded under its own names.
+    let strict = options.strict && options.select.is_none();
+    load_from(reader, &mut state, LoadOptions { strict, select: None, rename: None, ..options })?;
     Ok(state)
 }
 
@@ -95,140 +175,39 @@ pub fn load_new(path: impl AsRef<Path>) -> Result<StateDict<'static>> {
 /// # Errors
 /// `Missing`, `NotACheckpoint`, `Version`, `Corrupt`, `Io`.
 pub fn read_metadata(path: impl AsRef<Path>) -> Result<Metadata> {
-    let path = path.as_ref();
-    let file = path.join(MANIFEST_NAME);
-    match std::fs::read(&file) {
-        Ok(bytes) => manifest::decode(&file, &bytes),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound && !path.exists() => {
-            Err(Error::Missing { path: path.to_owned() })
-        }
-        Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
-            let reason = format!("it has no {MANIFEST_NAME}: it was never committed, or is something else");
-            Err(Error::NotACheckpoint { path: path.to_owned(), reason })
-        }
-        Err(e) => Err(Error::io("read", &file, &e)),
-    }
+    FileSystemReader::new(path.as_ref(), Access::positional()).read_metadata()
 }
 
-/// One rank's load: what it reads from which files.
-struct Load {
-    metadata: Metadata,
-    /// By name; one plan a box.
-    tensors: Vec<(String, Vec<ReadPlan>)>,
-    /// The files that this rank reads, at their positions in the metadata.
-    readers: Vec<Option<ShardReader>>,
-    /// The blocks of each file that this rank touches.
-    blocks: Vec<Vec<usize>>,
-}
+type Select<'s> = Option<&'s (dyn Fn(&str) -> bool + Sync)>;
 
-impl Load {
-    fn plan(path: &Path, state: &StateDict<'_>, options: LoadOptions<'_>) -> Result<(Self, LoadReport)> {
-        let metadata = read_metadata(path)?;
-        let wanted = Node::of(state);
-        let report = compare_names(&wanted, &metadata.tree);
-        if options.strict && report != LoadReport::default() {
-            let LoadReport { missing, unexpected } = report;
-            return Err(Error::KeyMismatch { path: path.to_owned(), missing, unexpected });
-        }
-        metadata.tree.check_restorable(&wanted, "")?;
-        let tensors = plan_tensors(&metadata, state)?;
-        let plans = tensors.iter().flat_map(|(_, plans)| plans);
-        let blocks = touched_blocks(&metadata, plans);
-        let open = |(file, blocks): (_, &Vec<usize>)| match blocks.is_empty() {
-            true => Ok(None),
-            false => ShardReader::open(path, file, options.access).map(Some),
-        };
-        let readers = metadata.files.iter().zip(&blocks).map(open).collect::<Result<_>>()?;
-        Ok((Self { metadata, tensors, readers, blocks }, report))
-    }
-
-    /// Compares the checksum of every block that this rank touches.
-    fn verify(&self) -> Result<()> {
-        let mut buffer = Vec::new();
-        for ((file, reader), blocks) in self.metadata.files.iter().zip(&self.readers).zip(&self.blocks) {
-            let Some(reader) = reader else { continue };
-            blocks.iter().try_for_each(|block| reader.verify_block(file, *block, &mut buffer))?;
-        }
-        Ok(())
-    }
-
-    /// Copies every run into its place, then the plain values.
-    fn read(&self, state: &mut StateDict<'_>) -> Result<()> {
-        let mut targets = state.flat_tensors_mut().map_err(|error| Error::tensor("", &error))?;
-        for (fqn, plans) in &self.tensors {
-            let Some(tensor) = targets.get_mut(&sconce_dtensor::Fqn(fqn.clone())) else { continue };
-            for (index, plan) in plans.iter().enumerate() {
-                self.read_box(fqn, *tensor, index, plan)?;
-            }
-        }
-        self.metadata.tree.restore(state);
-        Ok(())
-    }
-
-    fn read_box(&self, fqn: &str, tensor: &mut dyn LocalTensor, index: usize, plan: &ReadPlan) -> Result<()> {
-        let mut outcome = Ok(());
-        let lent = tensor.write_box(index, &mut |bytes| outcome = self.read_runs(plan, bytes));
-        lent.map_err(|error| Error::tensor(fqn, &error))?;
-        outcome
-    }
-
-    fn read_runs(&self, plan: &ReadPlan, bytes: &mut [u8]) -> Result<()> {
-        for run in &plan.runs {
-            let Some(reader) = &self.readers[run.file] else {
-                unreachable!("files with runs were opened by the plan");
-            };
-            reader.read(run.offset_bytes, &mut bytes[run.dst_bytes..run.dst_bytes + run.len_bytes])?;
-        }
-        Ok(())
-    }
-}
-
-fn plan_tensors(metadata: &Metadata, state: &StateDict<'_>) -> Result<Vec<(String, Vec<ReadPlan>)>> {
-    let tensors = state.flat_tensors().map_err(|error| Error::tensor("", &error))?;
-    let mut planned = Vec::with_capacity(tensors.len());
-    for (fqn, tensor) in tensors {
-        if let Some(saved) = metadata.tensor(fqn.as_str()) {
-            let plans = plan_reads(fqn.as_str(), tensor, saved)?;
-            planned.push((fqn.0, plans));
-        }
-    }
-    Ok(planned)
-}
-
-fn compare_names(wanted: &Node, saved: &Node) -> LoadReport {
-    let names = |node: &Node| node.leaves().into_iter().map(|(name, _)| name).collect::<Vec<_>>();
-    let (wanted, saved) = (names(wanted), names(saved));
-    let without = |names: &[String], others: &[String]| {
-        let others: HashSet<&String> = others.iter().collect();
-        names.iter().filter(|name| !others.contains(name)).cloned().collect::<Vec<_>>()
-    };
-    LoadReport { missing: without(&wanted, &saved), unexpected: without(&saved, &wanted) }
-}
-
-/// The saved state with its plain values and tensors of zeros.
-fn empty_state(metadata: &Metadata, tree: &Node, at: &str) -> Result<StateDict<'static>> {
+/// The selected part of the saved state with its plain values and tensors of zeros.
+fn empty_state(metadata: &Metadata, tree: &Node, at: &str, select: Select<'_>) -> Result<StateDict<'static>> {
     let Node::Map(entries) = tree else { return Ok(StateDict::new()) };
-    let entry = |(key, node): &(String, Node)| {
-        Ok((key.clone(), empty_value(metadata, node, &crate::tree::child(at, key))?))
-    };
-    entries.iter().map(entry).collect::<Result<Vec<_>>>().map(StateDict::from_iter)
+    let mut state = StateDict::new();
+    for (key, node) in entries {
+        let name = tree::child(at, key);
+        if select.is_none_or(|is_selected| node.leaves_below(&name).any(|leaf| is_selected(&leaf))) {
+            state.insert(key.clone(), empty_value(metadata, node, &name, select)?);
+        }
+    }
+    Ok(state)
 }
 
-fn empty_value(metadata: &Metadata, node: &Node, at: &str) -> Result<Value<'static>> {
+fn empty_value(metadata: &Metadata, node: &Node, at: &str, select: Select<'_>) -> Result<Value<'static>> {
     match node {
-        Node::Map(_) => Ok(Value::Map(empty_state(metadata, node, at)?)),
+        Node::Map(_) => Ok(Value::Map(empty_state(metadata, node, at, select)?)),
         Node::List(items) => {
-            let numbered = items.iter().enumerate();
+            // A list keeps its length: what is not selected of it is loaded too.
             let item = |(nth, node): (usize, &Node)| {
-                empty_value(metadata, node, &crate::tree::child(at, &nth.to_string()))
+                empty_value(metadata, node, &tree::child(at, &nth.to_string()), None)
             };
-            numbered.map(item).collect::<Result<_>>().map(Value::List)
+            items.iter().enumerate().map(item).collect::<Result<_>>().map(Value::List)
         }
         Node::Tensor => {
             let missing = || Error::ValueMismatch {
                 fqn: at.to_owned(),
                 expected: "a tensor".to_owned(),
-                got: "no such tensor in the manifest".to_owned(),
+                got: "no such tensor in the metadata".to_owned(),
             };
             let saved = metadata.tensor(at).ok_or_else(missing)?;
             let len = saved.shape.iter().product::<usize>() * saved.dtype.size_bytes();

@@ -1,13 +1,19 @@
 //! Metadata: what a checkpoint holds and where. Values only; how they lie in the manifest is `format::manifest`.
 
 use sconce_dtensor::{DType, TensorBox};
+use serde::{Deserialize, Serialize};
 
+use crate::plan::{Layout, TensorLayout, WrittenFile};
 use crate::tree::Node;
+use crate::{Error, Result};
 
 /// Bytes that one checksum covers.
 pub const BLOCK_BYTES: u64 = 1 << 20;
 
-/// Everything a manifest says.
+/// What a checkpoint holds and where its bytes lie, whatever format it has.
+///
+/// A [`StorageReader`](crate::StorageReader) of a foreign format describes its files with it: a chunk is a byte range
+/// of a file, wherever in the file that is, and a file without checksums says so.
 ///
 /// # Source
 /// `torch.distributed.checkpoint.metadata.Metadata`, with checksums.
@@ -46,19 +52,59 @@ pub struct ChunkStorageMetadata {
 }
 
 /// One data file.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileMetadata {
-    /// Name inside the checkpoint's directory.
+    /// Name inside the checkpoint's directory; to a reader of another format, whatever it opens by it.
     pub name: String,
     /// Its length.
     pub len_bytes: u64,
-    /// CRC32 of each block of [`BLOCK_BYTES`]; the last may be short.
-    pub block_crcs: Vec<u32>,
+    /// CRC32 of each block of [`BLOCK_BYTES`], the last of which may be short; `None` if the format has none.
+    pub block_crcs: Option<Vec<u32>>,
 }
 
 impl Metadata {
     /// The tensor of that name.
     pub fn tensor(&self, fqn: &str) -> Option<&TensorStorageMetadata> {
-        self.tensors.binary_search_by(|tensor| tensor.fqn.as_str().cmp(fqn)).ok().map(|at| &self.tensors[at])
+        self.position(fqn).map(|at| &self.tensors[at])
     }
+
+    /// The position in `tensors` of the tensor of that name.
+    pub fn position(&self, fqn: &str) -> Option<usize> {
+        self.tensors.binary_search_by(|tensor| tensor.fqn.as_str().cmp(fqn)).ok()
+    }
+
+    /// The layout of a save with the place of each chunk: `written` is what each rank reports, by rank.
+    ///
+    /// # Errors
+    /// `Uncovered` if a rank did not write what its plan said.
+    pub fn located(layout: Layout, written: Vec<Vec<WrittenFile>>) -> Result<Metadata> {
+        let mut files = Vec::new();
+        let mut places: Vec<Vec<Option<(usize, u64)>>> = Vec::with_capacity(written.len());
+        for of_rank in written {
+            let mut of_items = Vec::new();
+            for WrittenFile { file, items } in of_rank {
+                for item in items {
+                    of_items.resize(of_items.len().max(item.item + 1), None);
+                    of_items[item.item] = Some((files.len(), item.offset_bytes));
+                }
+                files.push(file);
+            }
+            places.push(of_items);
+        }
+        let tensors = layout.tensors.into_iter().map(|tensor| locate(tensor, &places));
+        Ok(Metadata { tensors: tensors.collect::<Result<_>>()?, files, tree: layout.tree })
+    }
+}
+
+fn locate(tensor: TensorLayout, places: &[Vec<Option<(usize, u64)>>]) -> Result<TensorStorageMetadata> {
+    let TensorLayout { fqn, dtype, shape, chunks } = tensor;
+    let mut located = Vec::with_capacity(chunks.len());
+    for chunk in chunks {
+        let place = places.get(chunk.writer).and_then(|items| *items.get(chunk.item)?);
+        let Some((file, offset_bytes)) = place else {
+            return Err(Error::Uncovered { fqn, shape, missing: chunk.bounds.to_string() });
+        };
+        located.push(ChunkStorageMetadata { bounds: chunk.bounds, file, offset_bytes });
+    }
+    Ok(TensorStorageMetadata { fqn, dtype, shape, chunks: located })
 }

@@ -1,20 +1,16 @@
-//! Saving: local plan, global plan, write, commit. Each function is a step; the order is in [`save_with`].
+//! Saving: local plan, global plan, write, commit. Each function is a step; the order is in [`save_to`].
 
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use indexmap::IndexMap;
-use sconce_dtensor::{Fqn, LocalTensor, StateDict};
+use sconce_dtensor::StateDict;
 use sconce_mesh::ProcessGroup;
 use serde::{Deserialize, Serialize};
 
+use crate::Result;
 use crate::coordinate::Ranks;
-use crate::format::{MANIFEST_NAME, manifest, shard};
-use crate::metadata::{ChunkStorageMetadata, FileMetadata, Metadata, TensorStorageMetadata};
-use crate::plan::{LocalPlan, WriteItem, WritePlan, WrittenChunk, WrittenFile};
-use crate::planner::{GlobalLayout, assign_writers, global_layout};
-use crate::storage::{BlockWriter, commit};
-use crate::{Error, Result};
+use crate::plan::{Layout, SavePlan, WritePlan, WrittenFile};
+use crate::planner::{DefaultSavePlanner, SavePlanner};
+use crate::storage::{FileSystemWriter, StorageWriter};
 
 /// How a checkpoint is saved.
 #[derive(Clone, Copy)]
@@ -93,14 +89,39 @@ pub fn save_with(
     state: &StateDict<'_>,
     options: SaveOptions<'_>,
 ) -> Result<SaveReport> {
-    let (path, ranks) = (path.as_ref(), Ranks(options.group));
-    let mut save = Coordinated { path, options, layout: None, staging: None };
-    let n_ranks = ranks.size();
-    let task: Task = ranks.reduce_scatter("plan", LocalPlan::of(state), |plans| save.plan(plans, n_ranks))?;
-    let written = write_shards(&task, state, options.sync);
-    let outcome = ranks.reduce_scatter("write", written, |files| save.commit(files, n_ranks));
-    if let Some(staging) = save.staging.filter(|_| outcome.is_err()) {
-        commit::discard(&staging);
+    let mut writer = FileSystemWriter::new(path.as_ref(), options.overwrite, options.sync);
+    save_to(&mut writer, &mut DefaultSavePlanner, state, options.group)
+}
+
+/// Saves through a storage and a planner of the caller's choice: the protocol itself, for any format.
+///
+/// Ranks: collective over `group`; every rank passes a planner and a writer of the same kind.
+///
+/// # Errors
+/// Those of planner and storage. With a group they come as `Ranks`, the same on every rank, or as `Mesh` if the group
+/// broke.
+///
+/// # Source
+/// `torch.distributed.checkpoint.save` with `storage_writer` and `planner`.
+pub fn save_to(
+    writer: &mut dyn StorageWriter,
+    planner: &mut dyn SavePlanner,
+    state: &StateDict<'_>,
+    group: Option<&ProcessGroup>,
+) -> Result<SaveReport> {
+    let ranks = Ranks(group);
+    let mut layout = None;
+    let local = planner.local_plan(state);
+    let task: Result<Task> =
+        ranks.reduce_scatter("plan", local, |plans| plan(plans, planner, writer, &mut layout));
+    let is_prepared = layout.is_some();
+    let outcome = task.and_then(|Task { place, plan }| {
+        let written = planner.finish_plan(plan).and_then(|plan| writer.write(&place, &plan, state));
+        let n_ranks = ranks.size();
+        ranks.reduce_scatter("write", written, |files| finish(layout.take(), writer, files, n_ranks))
+    });
+    if is_prepared && outcome.is_err() {
+        writer.discard();
     }
     outcome
 }
@@ -108,136 +129,31 @@ pub fn save_with(
 /// What one rank is told to write, and where.
 #[derive(Serialize, Deserialize)]
 struct Task {
-    staging: PathBuf,
+    place: Vec<u8>,
     plan: WritePlan,
 }
 
-/// The coordinator's side of a save. On other ranks it stays as it was made.
-struct Coordinated<'p> {
-    path: &'p Path,
-    options: SaveOptions<'p>,
-    layout: Option<GlobalLayout>,
-    staging: Option<PathBuf>,
+/// The coordinator's first step: one task for each rank.
+fn plan(
+    plans: Vec<SavePlan>,
+    planner: &mut dyn SavePlanner,
+    writer: &mut dyn StorageWriter,
+    layout: &mut Option<Layout>,
+) -> Result<Vec<Task>> {
+    let global = planner.global_plan(plans)?;
+    let place = writer.prepare(layout.insert(global.layout))?;
+    Ok(global.writes.into_iter().map(|plan| Task { place: place.clone(), plan }).collect())
 }
 
-impl Coordinated<'_> {
-    fn plan(&mut self, plans: Vec<LocalPlan>, n_ranks: usize) -> Result<Vec<Task>> {
-        let layout = self.layout.insert(global_layout(plans)?);
-        let staging = commit::prepare(self.path, self.options.overwrite)?;
-        let task = |plan| Task { staging: staging.clone(), plan };
-        let tasks = assign_writers(layout, n_ranks).into_iter().map(task).collect();
-        self.staging = Some(staging);
-        Ok(tasks)
-    }
-
-    fn commit(&mut self, files: Vec<Vec<WrittenFile>>, n_ranks: usize) -> Result<Vec<SaveReport>> {
-        let (Some(layout), Some(staging)) = (self.layout.take(), &self.staging) else {
-            unreachable!("the coordinator planned before it commits");
-        };
-        let metadata = metadata(layout, files)?;
-        let mut writer = BlockWriter::create(&staging.join(MANIFEST_NAME))?;
-        writer.write(&manifest::encode(&metadata)?)?;
-        writer.finish(self.options.sync)?;
-        commit::publish(staging, self.path, self.options.sync)?;
-        let data_bytes = metadata.files.iter().map(|file| file.len_bytes).sum();
-        Ok(vec![SaveReport { data_bytes, n_files: metadata.files.len() }; n_ranks])
-    }
-}
-
-/// What all ranks wrote, as the manifest says it.
-fn metadata(layout: GlobalLayout, files: Vec<Vec<WrittenFile>>) -> Result<Metadata> {
-    let mut chunks = HashMap::<(usize, WriteItem), (usize, u64)>::new();
-    let mut all = Vec::new();
-    for (rank, file) in
-        files.into_iter().enumerate().flat_map(|(rank, files)| files.into_iter().map(move |f| (rank, f)))
-    {
-        for WrittenChunk { item, offset_bytes } in file.chunks {
-            chunks.insert((rank, item), (all.len(), offset_bytes));
-        }
-        all.push(FileMetadata { name: file.name, len_bytes: file.len_bytes, block_crcs: file.block_crcs });
-    }
-    let mut tensors = Vec::with_capacity(layout.tensors.len());
-    for (fqn, tensor) in layout.tensors {
-        let mut saved = Vec::with_capacity(tensor.boxes.len());
-        for (bounds, holders) in tensor.boxes {
-            let place = |rank, index| chunks.get(&(rank, WriteItem { fqn: fqn.clone(), index }));
-            let Some((file, offset_bytes)) = holders.iter().find_map(|h| place(h.rank, h.index)) else {
-                let (shape, missing) = (tensor.shape, bounds.to_string());
-                return Err(Error::Uncovered { fqn, shape, missing });
-            };
-            saved.push(ChunkStorageMetadata { bounds, file: *file, offset_bytes: *offset_bytes });
-        }
-        tensors.push(TensorStorageMetadata { fqn, dtype: tensor.dtype, shape: tensor.shape, chunks: saved });
-    }
-    Ok(Metadata { tensors, files: all, tree: layout.tree })
-}
-
-/// Writes this rank's boxes, the k-th of each tensor to the k-th file.
-fn write_shards(task: &Task, state: &StateDict<'_>, sync: bool) -> Result<Vec<WrittenFile>> {
-    let tensors = state.flat_tensors().map_err(|error| Error::tensor("", &error))?;
-    let files = split_by_file(&task.plan.items);
-    let write = |(nth, items): (usize, &Vec<WriteItem>)| {
-        let name = shard::file_name(task.plan.writer, nth, files.len());
-        write_shard(&task.staging, name, items, &tensors, sync)
+/// The coordinator's second step: the checkpoint is published, and every rank told of it.
+fn finish(
+    layout: Option<Layout>,
+    writer: &mut dyn StorageWriter,
+    files: Vec<Vec<WrittenFile>>,
+    n_ranks: usize,
+) -> Result<Vec<SaveReport>> {
+    let Some(layout) = layout else {
+        unreachable!("the coordinator planned before it commits");
     };
-    files.iter().enumerate().map(write).collect()
-}
-
-fn split_by_file(items: &[WriteItem]) -> Vec<Vec<WriteItem>> {
-    let mut files: Vec<Vec<WriteItem>> = Vec::new();
-    let mut seen = HashMap::<&str, usize>::new();
-    for item in items {
-        let nth = seen.entry(&item.fqn).or_default();
-        if *nth == files.len() {
-            files.push(Vec::new());
-        }
-        files[*nth].push(item.clone());
-        *nth += 1;
-    }
-    files
-}
-
-type Tensors<'s, 'a> = IndexMap<Fqn, &'s (dyn LocalTensor + 'a)>;
-
-fn write_shard(
-    staging: &Path,
-    name: String,
-    items: &[WriteItem],
-    tensors: &Tensors<'_, '_>,
-    sync: bool,
-) -> Result<WrittenFile> {
-    let mut items = items
-        .iter()
-        .map(|item| tensor_of(tensors, item).map(|tensor| (item, tensor)))
-        .collect::<Result<Vec<_>>>()?;
-    shard::order(&mut items, |(_, tensor)| tensor.dtype());
-    let entry = |(item, tensor): &(&WriteItem, &dyn LocalTensor)| shard::Entry {
-        fqn: item.fqn.clone(),
-        dtype: tensor.dtype(),
-        bounds: tensor.local_boxes()[item.index].clone(),
-    };
-    let (header, starts) = shard::header(&items.iter().map(entry).collect::<Vec<_>>())?;
-    let mut writer = BlockWriter::create(&staging.join(&name))?;
-    writer.write(&header)?;
-    for (item, tensor) in &items {
-        let mut outcome = Ok(());
-        let lent = tensor.read_box(item.index, &mut |bytes| outcome = writer.write(bytes));
-        lent.map_err(|error| Error::tensor(&item.fqn, &error))?;
-        outcome?;
-    }
-    let (len_bytes, block_crcs) = writer.finish(sync)?;
-    let chunk = |((item, _), start): (&(&WriteItem, _), u64)| WrittenChunk {
-        item: WriteItem::clone(item),
-        offset_bytes: start,
-    };
-    let chunks = items.iter().zip(starts).map(chunk).collect();
-    Ok(WrittenFile { name, len_bytes, block_crcs, chunks })
-}
-
-fn tensor_of<'t>(tensors: &'t Tensors<'_, '_>, item: &WriteItem) -> Result<&'t dyn LocalTensor> {
-    let tensor = tensors.get(&Fqn(item.fqn.clone())).copied();
-    tensor.filter(|tensor| item.index < tensor.local_boxes().len()).ok_or_else(|| Error::Tensor {
-        fqn: item.fqn.clone(),
-        cause: format!("the plan asks for box {}, which this rank does not hold", item.index),
-    })
+    Ok(vec![writer.finish(layout, files)?; n_ranks])
 }

@@ -1,5 +1,7 @@
 //! Node: the nesting of a state dict and its values that are no tensors, as it crosses ranks and reaches the manifest.
 
+use std::collections::HashMap;
+
 use sconce_dtensor::{StateDict, Value};
 use serde::{Deserialize, Serialize};
 
@@ -55,6 +57,13 @@ impl Node {
         leaves
     }
 
+    /// The names of the leaves of a node whose own name is `at`.
+    pub(crate) fn leaves_below(&self, at: &str) -> impl Iterator<Item = String> {
+        let mut leaves = Vec::new();
+        self.collect_leaves(at.to_owned(), &mut leaves);
+        leaves.into_iter().map(|(name, _)| name)
+    }
+
     fn collect_leaves<'n>(&'n self, at: String, leaves: &mut Vec<(String, &'n Node)>) {
         match self {
             Node::Map(entries) => {
@@ -75,10 +84,13 @@ impl Node {
     pub(crate) fn merge(self, other: Node, at: &str) -> Result<Node> {
         match (self, other) {
             (Node::Map(mut mine), Node::Map(theirs)) => {
-                for (key, node) in theirs {
-                    match mine.iter_mut().find(|(name, _)| *name == key) {
+                for (nth, (key, node)) in theirs.into_iter().enumerate() {
+                    // Most ranks have the same keys in the same order.
+                    let same_place = mine.get(nth).is_some_and(|(name, _)| *name == key).then_some(nth);
+                    match same_place.or_else(|| mine.iter().position(|(name, _)| *name == key)) {
                         None => mine.push((key, node)),
-                        Some((name, slot)) => {
+                        Some(place) => {
+                            let (name, slot) = &mut mine[place];
                             let old = std::mem::replace(slot, Node::None);
                             *slot = old.merge(node, &child(at, name))?;
                         }
@@ -95,60 +107,6 @@ impl Node {
         }
     }
 
-    /// Checks that [`Node::restore`] into a state of the shape of `wanted` can succeed.
-    ///
-    /// # Errors
-    /// `ValueMismatch` where one has a tensor or a nesting and the other has not.
-    pub(crate) fn check_restorable(&self, wanted: &Node, at: &str) -> Result<()> {
-        match (self, wanted) {
-            (Node::Map(saved), Node::Map(wanted)) => saved.iter().try_for_each(|(key, node)| {
-                let same = wanted.iter().find(|(name, _)| name == key);
-                same.map_or(Ok(()), |(_, wanted)| node.check_restorable(wanted, &child(at, key)))
-            }),
-            (Node::List(saved), Node::List(wanted)) => {
-                let mut pairs = saved.iter().zip(wanted).enumerate();
-                pairs.try_for_each(|(nth, (node, wanted))| {
-                    node.check_restorable(wanted, &child(at, &nth.to_string()))
-                })
-            }
-            (Node::Tensor, Node::Tensor) => Ok(()),
-            (saved, wanted) if saved.is_plain() && wanted.is_plain() => Ok(()),
-            (saved, wanted) => Err(Error::ValueMismatch {
-                fqn: at.to_owned(),
-                expected: format!("{wanted:?}"),
-                got: format!("{saved:?}"),
-            }),
-        }
-    }
-
-    fn is_plain(&self) -> bool {
-        !matches!(self, Node::Tensor | Node::Map(_) | Node::List(_))
-    }
-
-    /// Replaces the plain values of `state` by this tree's, where both have the name; the rest stays.
-    pub(crate) fn restore(&self, state: &mut StateDict<'_>) {
-        let Node::Map(entries) = self else { return };
-        for (key, node) in entries {
-            if let Some(value) = state.get_mut(key) {
-                node.restore_value(value);
-            }
-        }
-    }
-
-    fn restore_value(&self, value: &mut Value<'_>) {
-        match (self, value) {
-            (Node::Map(_), Value::Map(map)) => self.restore(map),
-            (Node::List(nodes), Value::List(values)) => {
-                nodes.iter().zip(values).for_each(|(node, value)| node.restore_value(value));
-            }
-            (saved, value) => {
-                if let Some(plain) = saved.plain_value() {
-                    *value = plain;
-                }
-            }
-        }
-    }
-
     /// The value of a leaf that is no tensor.
     pub(crate) fn plain_value(&self) -> Option<Value<'static>> {
         Some(match self {
@@ -160,6 +118,29 @@ impl Node {
             Node::Bytes(bytes) => Value::Bytes(bytes.clone()),
             Node::None => Value::None,
         })
+    }
+}
+
+/// Gives the plain values of `state` new ones, by flattened names; others stay.
+pub(crate) fn restore(state: &mut StateDict<'_>, values: &HashMap<&str, &Node>) {
+    state.iter_mut().for_each(|(key, value)| restore_value(value, key, values));
+}
+
+fn restore_value(value: &mut Value<'_>, at: &str, values: &HashMap<&str, &Node>) {
+    match value {
+        Value::Tensor(_) => {}
+        Value::Map(map) => {
+            map.iter_mut().for_each(|(key, value)| restore_value(value, &child(at, key), values));
+        }
+        Value::List(items) => {
+            let numbered = items.iter_mut().enumerate();
+            numbered.for_each(|(nth, value)| restore_value(value, &child(at, &nth.to_string()), values));
+        }
+        plain => {
+            if let Some(new) = values.get(at).and_then(|node| node.plain_value()) {
+                *plain = new;
+            }
+        }
     }
 }
 

@@ -11,8 +11,8 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use sconce_checkpoint::{
-    BLOCK_BYTES, Error, LoadOptions, MANIFEST_NAME, SaveOptions, load, load_new, load_with, read_metadata,
-    save, save_with,
+    BLOCK_BYTES, Error, LoadOptions, MANIFEST_NAME, SaveOptions, Verify, load, load_new, load_with,
+    read_metadata, save, save_with,
 };
 use sconce_dtensor::{DType, LocalTensor, StateDict, TensorBox, TensorBuf, Value};
 
@@ -232,20 +232,28 @@ fn one_flipped_bit_names_file_and_block() {
         std::fs::write(&file, bytes).unwrap();
         let block = at as u64 / BLOCK_BYTES;
         let mut state = large(2);
-        match load(&path, &mut state).unwrap_err() {
-            Error::Corrupt { path, what, offset_bytes, .. } => {
-                assert_eq!(
-                    (path, what, offset_bytes),
-                    (file.clone(), format!("block {block}"), block * BLOCK_BYTES)
-                );
-            }
-            other => panic!("{other}"),
-        }
+        let before = LoadOptions { verify: Verify::BeforeRead, ..LoadOptions::default() };
+        check_damage(load_with(&path, &mut state, before).unwrap_err(), &file, block);
         assert_eq!(contents(&state), contents(&large(2)));
+        // Verified in the same pass, blocks before the damaged one are there, and the error says in which tensors.
+        match (block, load(&path, &mut state).unwrap_err()) {
+            (0, error) => check_damage(error, &file, block),
+            (_, Error::PartlyLoaded { overwritten, cause }) => {
+                assert_eq!(overwritten, ["t"]);
+                check_damage(*cause, &file, block);
+            }
+            (_, other) => panic!("{other}"),
+        }
         // Without verification the flipped bit is loaded: the test sees what it claims to see.
-        load_with(&path, &mut state, LoadOptions { verify: false, ..LoadOptions::default() }).unwrap();
+        load_with(&path, &mut state, LoadOptions { verify: Verify::Off, ..LoadOptions::default() }).unwrap();
         assert_ne!(contents(&state), contents(&large(1)));
     }
+}
+
+#[track_caller]
+fn check_damage(error: Error, file: &Path, block: u64) {
+    let Error::Corrupt { path, what, offset_bytes, .. } = error else { panic!("{error}") };
+    assert_eq!((&*path, what, offset_bytes), (file, format!("block {block}"), block * BLOCK_BYTES));
 }
 
 #[test]

@@ -11,7 +11,9 @@ mod common;
 
 use common::{part, ranks, state, whole};
 use proptest::prelude::*;
-use sconce_checkpoint::{Error, LoadOptions, SaveOptions, load_new, load_with, read_metadata, save_with};
+use sconce_checkpoint::{
+    Error, LoadOptions, SaveOptions, Verify, load_new, load_with, read_metadata, save_with,
+};
 use sconce_dtensor::{DType, StateDict, TensorBox, TensorBuf, Value, chunk_range, run_boxes};
 
 /// Who holds which boxes of a tensor.
@@ -150,20 +152,27 @@ fn what_one_rank_cannot_load_no_rank_loads() {
     let mut bytes = std::fs::read(&file).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     std::fs::write(&file, bytes).unwrap();
-    let errors = ranks(3, |group| {
-        let mine = [chunk(&shape, 0, 3, group.rank().0)];
-        let mut loaded = state(&shape, &mine, false);
-        let options = LoadOptions { group: Some(&group), ..LoadOptions::default() };
-        let error = load_with(&path, &mut loaded, options).unwrap_err();
-        assert_eq!(loaded.tensor::<TensorBuf>("t").unwrap(), &part(&shape, &mine, false), "untouched");
-        error
-    });
-    assert!(errors.iter().all(|error| error == &errors[0]), "{errors:?}");
-    match &errors[0] {
-        Error::Ranks { step, failures } => {
-            assert_eq!((step.as_str(), failures.len(), failures[0].rank), ("verify", 1, 2));
-            assert!(matches!(&failures[0].error, Error::Corrupt { path, .. } if *path == file));
-        }
-        other => panic!("{other}"),
-    }
+    let errors = |verify| {
+        let errors = ranks(3, |group| {
+            let mine = [chunk(&shape, 0, 3, group.rank().0)];
+            let mut loaded = state(&shape, &mine, false);
+            let options = LoadOptions { group: Some(&group), verify, ..LoadOptions::default() };
+            let error = load_with(&path, &mut loaded, options).unwrap_err();
+            let is_untouched = loaded.tensor::<TensorBuf>("t").unwrap() == &part(&shape, &mine, false);
+            assert!(is_untouched || (verify == Verify::AsRead && group.rank().0 < 2));
+            error
+        });
+        assert!(errors.iter().all(|error| error == &errors[0]), "{errors:?}");
+        errors.into_iter().next().unwrap()
+    };
+    let check_cause = |error: Error| {
+        let Error::Ranks { step, failures } = error else { panic!("{error}") };
+        assert_eq!((step.as_str(), failures.len(), failures[0].rank), ("verify", 1, 2));
+        assert!(matches!(&failures[0].error, Error::Corrupt { path, .. } if *path == file));
+    };
+    check_cause(errors(Verify::BeforeRead));
+    // The other two ranks have copied what they verified; every rank says so.
+    let Error::PartlyLoaded { overwritten, cause } = errors(Verify::AsRead) else { panic!("not partly") };
+    assert_eq!(overwritten, ["t"]);
+    check_cause(*cause);
 }

@@ -26,5 +26,5 @@ pub use placement::Placement;
 pub use redistribute::{Action, ExchangePlan, Move, Step, exchange, plan};
 pub use sconce_mesh::DType;
 pub use shard_math::{check_placements, chunk_range, local_box};
-pub use state_dict::{Fqn, StateDict, Value};
+pub use state_dict::{Fqn, StateDict, Stateful, StatefulError, Value};
 pub use tensor_view::{TensorBuf, TensorView, TensorViewMut};

@@ -41,6 +41,11 @@ pub trait LocalTensor: Send + Sync {
         self.deep_copy()
     }
 
+    /// Whether [`LocalTensor::snapshot`] copies nothing, so that a save in the background needs no memory of its own.
+    fn has_free_snapshots(&self) -> bool {
+        false
+    }
+
     /// This value for downcasting, where its type is `'static`.
     fn as_any(&self) -> Option<&dyn Any> {
         None

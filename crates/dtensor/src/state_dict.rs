@@ -196,6 +196,55 @@ impl<'a> StateDict<'a> {
     }
 }
 
+/// What has state that a checkpoint keeps: a model, an optimizer, a data loader, a counter.
+///
+/// Whatever implements it is saved and loaded by name in one call, `{"model": …, "optim": …, "step": 7}`.
+///
+/// # Source
+/// `torch.distributed.checkpoint.stateful.Stateful`.
+pub trait Stateful {
+    /// Its state. Tensors may be shared with it: a load then writes into its own memory.
+    ///
+    /// # Errors
+    /// Its own.
+    fn state_dict(&self) -> Result<Value<'static>, StatefulError>;
+
+    /// Takes on a loaded state, of the nesting that `state_dict` returns.
+    ///
+    /// # Errors
+    /// Its own, for instance for a value of another kind.
+    fn load_state_dict(&mut self, state: &Value<'static>) -> Result<(), StatefulError>;
+}
+
+/// Whatever a [`Stateful`] fails with.
+pub type StatefulError = Box<dyn std::error::Error + Send + Sync>;
+
+macro_rules! stateful_values {
+    ($($plain:ty: $kind:ident => $expected:literal),* $(,)?) => {$(
+        impl Stateful for $plain {
+            fn state_dict(&self) -> Result<Value<'static>, StatefulError> {
+                Ok(Value::$kind(self.clone()))
+            }
+
+            fn load_state_dict(&mut self, state: &Value<'static>) -> Result<(), StatefulError> {
+                let Value::$kind(value) = state else {
+                    return Err(format!("expected {}, got {state:?}", $expected).into());
+                };
+                self.clone_from(value);
+                Ok(())
+            }
+        }
+    )*};
+}
+
+stateful_values! {
+    i64: Int => "an integer",
+    f64: Float => "a number",
+    bool: Bool => "a truth value",
+    String: Str => "text",
+    Vec<u8>: Bytes => "bytes",
+}
+
 type FoundTensor<'f, 's, 'a> = dyn FnMut(Fqn, &'s (dyn LocalTensor + 'a)) -> Result<()> + 'f;
 type FoundTensorMut<'f, 's, 'a> = dyn FnMut(Fqn, &'s mut (dyn LocalTensor + 'a)) -> Result<()> + 'f;
 

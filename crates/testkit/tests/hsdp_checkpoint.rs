@@ -17,7 +17,7 @@ use common::{
     CPU, Kind, Place, Sharded, adam, bytes, contents, dtensor, fsdp_mesh, hsdp_mesh, input, load,
     model_state, save,
 };
-use sconce_checkpoint::Error;
+use sconce_checkpoint::{Error, LoadOptions, Verify, load_with};
 use sconce_dtensor::{Placement, StateDict};
 use sconce_fsdp::ShardingStrategy::{FullShard, HybridShard};
 use sconce_mesh::ProcessGroup;
@@ -138,7 +138,9 @@ fn a_changed_byte_fails_the_load_by_file_and_block() {
         }
         world.barrier().unwrap();
         let before = contents(&state);
-        let error = load(world, &checkpoint, &mut state).unwrap_err();
+        let options =
+            LoadOptions { group: Some(world), verify: Verify::BeforeRead, ..LoadOptions::default() };
+        let error = load_with(&checkpoint, &mut state, options).unwrap_err();
         let Error::Ranks { step, failures } = &error else { panic!("{error}") };
         assert_eq!(step, "verify");
         for failure in failures {

@@ -1,68 +1,52 @@
 //! Which of the ranks that hold a box writes it.
 
-use super::layout::{GlobalLayout, Holder};
-use crate::plan::{WriteItem, WritePlan};
+use super::layout::{Held, Shared};
+use crate::plan::{ChunkLayout, GlobalPlan, Layout, TensorLayout, WriteItem, WritePlan};
 
-/// One plan a rank: every box written once, replicas spread so that ranks write about equally many bytes.
+/// Every box written once, replicas spread so that ranks write about equally many bytes.
 ///
-/// Boxes are placed from the largest to the smallest, each on the holder with the fewest bytes so far: on ties the
-/// lowest rank, so that the plan follows from the layout alone.
+/// Boxes with one holder come first: they are the load that the others are balanced around. Those are placed from the
+/// largest to the smallest, each on the holder with the fewest bytes so far: on ties the lowest rank, so that the plan
+/// follows from the layout alone.
 ///
 /// # Source
 /// `torch/distributed/checkpoint/_dedup_save_plans.py`, which weighs a box by its whole tensor.
-pub(crate) fn assign_writers(layout: &GlobalLayout, n_ranks: usize) -> Vec<WritePlan> {
-    let mut boxes: Vec<(usize, &str, &[Holder])> = Vec::new();
-    for (fqn, tensor) in &layout.tensors {
-        let size = tensor.dtype.size_bytes();
-        boxes.extend(tensor.boxes.iter().map(|(part, holders)| (part.numel() * size, &**fqn, &**holders)));
-    }
-    // Boxes without a choice come first: they are the load that the others are balanced around.
-    boxes.sort_by_key(|(len_bytes, _, holders)| (holders.len() > 1, std::cmp::Reverse(*len_bytes)));
+pub(super) fn assign_writers(held: Held, n_ranks: usize) -> GlobalPlan {
     let mut written = vec![0usize; n_ranks];
-    let mut plans: Vec<WritePlan> =
-        (0..n_ranks).map(|writer| WritePlan { writer, items: Vec::new() }).collect();
-    for (len_bytes, fqn, holders) in boxes {
-        let Some(writer) = holders.iter().min_by_key(|holder| (written[holder.rank], holder.rank)) else {
-            continue;
-        };
-        written[writer.rank] += len_bytes;
-        plans[writer.rank].items.push(WriteItem { fqn: fqn.to_owned(), index: writer.index });
+    let mut choices: Vec<(usize, usize, usize)> = Vec::new();
+    for (at, tensor) in held.tensors.iter().enumerate() {
+        for (nth, (part, holders)) in tensor.boxes.iter().enumerate() {
+            let len_bytes = part.numel() * tensor.dtype.size_bytes();
+            match holders.as_slice() {
+                [only] => written[only.rank] += len_bytes,
+                _ => choices.push((len_bytes, at, nth)),
+            }
+        }
     }
-    plans
+    choices.sort_by_key(|(len_bytes, ..)| std::cmp::Reverse(*len_bytes));
+    let mut chosen: Vec<Vec<usize>> = held.tensors.iter().map(|t| vec![0; t.boxes.len()]).collect();
+    for (len_bytes, at, nth) in choices {
+        let holders = held.tensors[at].boxes[nth].1.iter().enumerate();
+        let Some((which, holder)) = holders.min_by_key(|(_, h)| (written[h.rank], h.rank)) else { continue };
+        written[holder.rank] += len_bytes;
+        chosen[at][nth] = which;
+    }
+    let mut writes: Vec<WritePlan> =
+        (0..n_ranks).map(|writer| WritePlan { writer, items: Vec::new() }).collect();
+    let tensors = held.tensors.into_iter().zip(chosen);
+    let tensors = tensors.map(|(tensor, chosen)| write_tensor(tensor, &chosen, &mut writes)).collect();
+    GlobalPlan { layout: Layout { tree: held.tree, tensors }, writes }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::super::global_layout;
-    use super::*;
-    use crate::plan::LocalPlan;
-    use sconce_dtensor::{DType, StateDict, TensorBuf};
-
-    /// Every rank holds `sizes`, whole tensors of bytes.
-    fn replicated(sizes: &[usize], n_ranks: usize) -> Vec<WritePlan> {
-        let plan = || {
-            let mut state = StateDict::new();
-            for (nth, size) in sizes.iter().enumerate() {
-                state.insert_tensor(
-                    format!("t{nth}"),
-                    TensorBuf::new(DType::U8, &[*size], vec![0; *size]).unwrap(),
-                );
-            }
-            LocalPlan::of(&state).unwrap()
-        };
-        assign_writers(&global_layout((0..n_ranks).map(|_| plan()).collect()).unwrap(), n_ranks)
+/// Adds the boxes of a tensor to the plans of the chosen holders.
+fn write_tensor(tensor: Shared, chosen: &[usize], writes: &mut [WritePlan]) -> TensorLayout {
+    let Shared { fqn, dtype, shape, boxes } = tensor;
+    let mut chunks = Vec::with_capacity(boxes.len());
+    for ((bounds, holders), which) in boxes.into_iter().zip(chosen) {
+        let holder = holders[*which];
+        let items = &mut writes[holder.rank].items;
+        chunks.push(ChunkLayout { bounds, writer: holder.rank, item: items.len() });
+        items.push(WriteItem { fqn: fqn.clone(), index: holder.index });
     }
-
-    #[test]
-    fn replicas_are_written_once_and_spread_by_bytes() {
-        let plans = replicated(&[10, 6, 5, 4, 3, 2], 2);
-        let names: Vec<Vec<&str>> =
-            plans.iter().map(|plan| plan.items.iter().map(|item| item.fqn.as_str()).collect()).collect();
-        assert_eq!(names, [vec!["t0", "t3", "t5"], vec!["t1", "t2", "t4"]]);
-    }
-
-    #[test]
-    fn ranks_beyond_the_tensors_write_nothing() {
-        assert!(replicated(&[8], 3)[1..].iter().all(|plan| plan.items.is_empty()));
-    }
+    TensorLayout { fqn, dtype, shape, chunks }
 }

@@ -35,14 +35,15 @@ pub(super) fn map_as_promised(file: &File) -> std::io::Result<Mapping> {
 }
 
 impl Mapping {
-    pub(super) fn slice(&self, offset_bytes: u64, len: usize) -> std::io::Result<&[u8]> {
-        let start = usize::try_from(offset_bytes).ok();
-        let range = start.and_then(|start| Some(start..start.checked_add(len)?));
-        range.and_then(|range| self.0.get(range)).ok_or_else(|| Error::from(ErrorKind::UnexpectedEof))
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.0
     }
 
     pub(super) fn read(&self, offset_bytes: u64, to: &mut [u8]) -> std::io::Result<()> {
-        to.copy_from_slice(self.slice(offset_bytes, to.len())?);
+        let start = usize::try_from(offset_bytes).ok();
+        let range = start.and_then(|start| Some(start..start.checked_add(to.len())?));
+        let bytes = range.and_then(|range| self.0.get(range));
+        to.copy_from_slice(bytes.ok_or_else(|| Error::from(ErrorKind::UnexpectedEof))?);
         Ok(())
     }
 }

@@ -102,7 +102,8 @@ impl<'m> Columns<'m> {
         let name = self.name(row.name_start, row.name_len).filter(|name| is_confined(name))?;
         let len_bytes = row.len_bytes.get();
         let blocks = range(self.blocks, row.block_start, len_bytes.div_ceil(BLOCK_BYTES))?;
-        Some(FileMetadata { name, len_bytes, block_crcs: blocks.iter().map(|crc| crc.get()).collect() })
+        let block_crcs = Some(blocks.iter().map(|crc| crc.get()).collect());
+        Some(FileMetadata { name, len_bytes, block_crcs })
     }
 
     fn tensor(&self, row: &TensorRow, files: &[FileMetadata]) -> Option<TensorStorageMetadata> {

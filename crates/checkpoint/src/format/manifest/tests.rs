@@ -35,7 +35,7 @@ fn metadata() -> Metadata {
     let file = |name: &str, len_bytes: u64| FileMetadata {
         name: name.to_owned(),
         len_bytes,
-        block_crcs: (0..len_bytes.div_ceil(BLOCK_BYTES) as u32).collect(),
+        block_crcs: Some((0..len_bytes.div_ceil(BLOCK_BYTES) as u32).collect()),
     };
     let files = vec![file("a", 5000), file("b", 2 * BLOCK_BYTES + 1)];
     let tree = Node::Map(vec![

@@ -24,7 +24,7 @@ struct Columns {
 /// The manifest of a checkpoint.
 ///
 /// # Errors
-/// `Tensor` for a tensor of more than 255 dims or a name of 4 GiB.
+/// `Tensor` for a tensor of more than 255 dims, a name of 4 GiB, or a file without checksums.
 pub(crate) fn encode(metadata: &Metadata) -> Result<Vec<u8>> {
     let mut columns = Columns::default();
     metadata.tensors.iter().try_for_each(|tensor| columns.push_tensor(tensor))?;
@@ -91,7 +91,11 @@ impl Columns {
     fn push_file(&mut self, file: &FileMetadata) -> Result<()> {
         let (name_start, name_len) = self.push_name(&file.name)?;
         let (len_bytes, block_start) = (file.len_bytes.into(), (self.blocks.len() as u64).into());
-        self.blocks.extend(file.block_crcs.iter().map(|crc| U32::new(*crc)));
+        let crcs = file.block_crcs.as_ref().ok_or_else(|| Error::Tensor {
+            fqn: String::new(),
+            cause: format!("manifest: {} has no checksums", file.name),
+        })?;
+        self.blocks.extend(crcs.iter().map(|crc| U32::new(*crc)));
         self.files.push(FileRow { name_start, name_len, reserved: 0.into(), len_bytes, block_start });
         Ok(())
     }

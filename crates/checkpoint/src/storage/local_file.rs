@@ -1,12 +1,12 @@
-//! A data file being read: its length and blocks checked, its bytes lent in pieces.
+//! A data file of the local file system being read: its length checked, its bytes lent in pieces.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use super::DataFile;
 #[cfg(feature = "mmap")]
 use super::mmap::Mapping;
-use crate::metadata::{BLOCK_BYTES, FileMetadata};
 use crate::{Error, Result};
 
 /// How data files are read.
@@ -16,8 +16,8 @@ pub struct Access {
     mapped: bool,
 }
 
-/// One data file of a checkpoint, open.
-pub(crate) struct ShardReader {
+/// A file of the local file system, open for reading.
+pub struct LocalFile {
     path: PathBuf,
     bytes: Bytes,
 }
@@ -40,25 +40,26 @@ impl Access {
     }
 }
 
-impl ShardReader {
-    /// Opens a file that is as long as the manifest says.
+impl LocalFile {
+    /// Opens a file that is `len_bytes` long.
     ///
     /// # Errors
     /// `Io`, `Length`.
-    pub(crate) fn open(dir: &Path, meta: &FileMetadata, access: Access) -> Result<Self> {
-        let path = dir.join(&meta.name);
+    pub fn open(path: impl Into<PathBuf>, len_bytes: u64, access: Access) -> Result<Self> {
+        let path = path.into();
         let io = |op: &str, error: &std::io::Error| Error::io(op, &path, error);
         let file = File::open(&path).map_err(|e| io("open", &e))?;
         let got = file.metadata().map_err(|e| io("stat", &e))?.len();
-        if got != meta.len_bytes {
-            return Err(Error::Length { path, expected: meta.len_bytes, got });
+        if got != len_bytes {
+            return Err(Error::Length { path, expected: len_bytes, got });
         }
         let bytes = access.open(file).map_err(|e| io("map", &e))?;
         Ok(Self { path, bytes })
     }
+}
 
-    /// Copies the bytes from `offset_bytes` on to `to`.
-    pub(crate) fn read(&self, offset_bytes: u64, to: &mut [u8]) -> Result<()> {
+impl DataFile for LocalFile {
+    fn read_at(&self, offset_bytes: u64, to: &mut [u8]) -> Result<()> {
         let read = match &self.bytes {
             Bytes::Positional(file) => file.read_exact_at(to, offset_bytes),
             #[cfg(feature = "mmap")]
@@ -67,35 +68,16 @@ impl ShardReader {
         read.map_err(|e| Error::io("read", &self.path, &e))
     }
 
-    /// Compares the checksum of one block with the manifest's.
-    ///
-    /// # Errors
-    /// `Corrupt` naming file and block.
-    pub(crate) fn verify_block(&self, meta: &FileMetadata, block: usize, buffer: &mut Vec<u8>) -> Result<()> {
-        let start = block as u64 * BLOCK_BYTES;
-        let len = (meta.len_bytes - start).min(BLOCK_BYTES) as usize;
-        let (expected, got) = (meta.block_crcs[block], self.crc(start, len, buffer)?);
-        if got == expected {
-            return Ok(());
+    fn mapped(&self) -> Option<&[u8]> {
+        match &self.bytes {
+            Bytes::Positional(_) => None,
+            #[cfg(feature = "mmap")]
+            Bytes::Mapped(mapping) => Some(mapping.bytes()),
         }
-        Err(Error::Corrupt {
-            path: self.path.clone(),
-            what: format!("block {block}"),
-            offset_bytes: start,
-            expected: format!("CRC32 {expected:08x}"),
-            got: format!("CRC32 {got:08x}"),
-        })
     }
 
-    fn crc(&self, start: u64, len: usize, buffer: &mut Vec<u8>) -> Result<u32> {
-        #[cfg(feature = "mmap")]
-        if let Bytes::Mapped(mapping) = &self.bytes {
-            let hash = mapping.slice(start, len).map(crc32fast::hash);
-            return hash.map_err(|e| Error::io("read", &self.path, &e));
-        }
-        buffer.resize(len, 0);
-        self.read(start, buffer)?;
-        Ok(crc32fast::hash(buffer))
+    fn path(&self) -> &Path {
+        &self.path
     }
 }
 

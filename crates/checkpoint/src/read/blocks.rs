@@ -1,0 +1,152 @@
+//! Blocks of data files: sets of them, and the few that a thread has verified last.
+
+use super::copy::ReadRun;
+use crate::metadata::{BLOCK_BYTES, FileMetadata, Metadata};
+use crate::storage::DataFile;
+use crate::{Error, Result};
+
+/// A set of blocks. Files without checksums have none that could be in it.
+#[derive(Debug, Clone)]
+pub(super) struct Marks(Vec<Vec<bool>>);
+
+impl Marks {
+    /// The empty set.
+    pub(super) fn none(metadata: &Metadata) -> Self {
+        let blocks = |file: &FileMetadata| vec![false; file.block_crcs.as_ref().map_or(0, Vec::len)];
+        Self(metadata.files.iter().map(blocks).collect())
+    }
+
+    /// Adds the blocks that a run touches.
+    pub(super) fn mark(&mut self, run: &ReadRun) {
+        let (first, last) = blocks_of(run);
+        if let Some(marks) = self.0[run.file].get_mut(first..=last) {
+            marks.fill(true);
+        }
+    }
+
+    /// The blocks as (file, block), in order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (usize, usize)> {
+        let of_file = |(file, marks)| {
+            let blocks = <Vec<bool> as AsRef<[bool]>>::as_ref(marks).iter().enumerate();
+            blocks.filter(|(_, is_marked)| **is_marked).map(move |(block, _)| (file, block))
+        };
+        self.0.iter().enumerate().flat_map(of_file)
+    }
+
+    /// The same set without the blocks for which `keep` is false.
+    pub(super) fn filtered(&self, keep: impl Fn(usize, usize) -> bool) -> Self {
+        let mut kept = self.clone();
+        for (file, block) in self.iter() {
+            kept.0[file][block] = keep(file, block);
+        }
+        kept
+    }
+
+    /// Calls `each` with the pieces of a run that lie in marked blocks, cut at the blocks' ends.
+    pub(super) fn marked(
+        &self,
+        run: ReadRun,
+        mut each: impl FnMut(usize, ReadRun) -> Result<()>,
+    ) -> Result<()> {
+        let marks = &self.0[run.file];
+        let (first, last) = blocks_of(&run);
+        let in_file = first..(last + 1).min(marks.len());
+        in_file.filter(|block| marks[*block]).try_for_each(|block| {
+            let start = block as u64 * BLOCK_BYTES;
+            each(block, run.within(start, start + BLOCK_BYTES))
+        })
+    }
+
+    /// Calls `each` with the pieces of a run that lie outside of marked blocks, as long as they can be.
+    pub(super) fn unmarked(&self, run: ReadRun, mut each: impl FnMut(ReadRun) -> Result<()>) -> Result<()> {
+        let marks = &self.0[run.file];
+        let (first, last) = blocks_of(&run);
+        let mut start = run.offset_bytes;
+        let in_file = first..(last + 1).min(marks.len());
+        for block in in_file.filter(|block| marks[*block]) {
+            let end = block as u64 * BLOCK_BYTES;
+            if start < end {
+                each(run.within(start, end))?;
+            }
+            start = end + BLOCK_BYTES;
+        }
+        let end = run.offset_bytes + run.len_bytes as u64;
+        if start < end { each(run.within(start, end)) } else { Ok(()) }
+    }
+}
+
+/// The first and the last block of a run, which is not empty.
+fn blocks_of(run: &ReadRun) -> (usize, usize) {
+    let last_byte = run.offset_bytes + run.len_bytes as u64 - 1;
+    ((run.offset_bytes / BLOCK_BYTES) as usize, (last_byte / BLOCK_BYTES) as usize)
+}
+
+/// The blocks that a thread verified last: small tensors share one, and boxes that come from several files alternate.
+#[derive(Default)]
+pub(super) struct Verified {
+    /// The latest first.
+    recent: Vec<Block>,
+}
+
+#[derive(Default)]
+struct Block {
+    file: usize,
+    block: usize,
+    /// Empty if the file is mapped.
+    bytes: Vec<u8>,
+}
+
+/// Blocks that a thread keeps.
+const KEPT: usize = 4;
+
+impl Verified {
+    /// The bytes of a block whose checksum is right.
+    ///
+    /// # Errors
+    /// `Corrupt` naming file and block; `Io`.
+    pub(super) fn block<'b>(
+        &'b mut self,
+        file: usize,
+        block: usize,
+        meta: &FileMetadata,
+        data: &'b dyn DataFile,
+    ) -> Result<&'b [u8]> {
+        let start = block as u64 * BLOCK_BYTES;
+        let len = (meta.len_bytes - start).min(BLOCK_BYTES) as usize;
+        let mapped = data.mapped().map(|bytes| &bytes[start as usize..start as usize + len]);
+        if let Some(at) = self.recent.iter().position(|kept| (kept.file, kept.block) == (file, block)) {
+            self.recent[..=at].rotate_right(1);
+        } else {
+            let mut bytes = if self.recent.len() < KEPT { Vec::new() } else { self.take_oldest() };
+            let read = if let Some(mapped) = mapped {
+                mapped
+            } else {
+                bytes.resize(len, 0);
+                data.read_at(start, &mut bytes)?;
+                &bytes
+            };
+            check(meta, block, read, data)?;
+            self.recent.insert(0, Block { file, block, bytes });
+        }
+        Ok(mapped.unwrap_or(&self.recent[0].bytes))
+    }
+
+    fn take_oldest(&mut self) -> Vec<u8> {
+        self.recent.pop().unwrap_or_default().bytes
+    }
+}
+
+fn check(meta: &FileMetadata, block: usize, bytes: &[u8], data: &dyn DataFile) -> Result<()> {
+    let expected = meta.block_crcs.as_ref().and_then(|crcs| crcs.get(block).copied());
+    let got = crc32fast::hash(bytes);
+    if expected == Some(got) {
+        return Ok(());
+    }
+    Err(Error::Corrupt {
+        path: data.path().to_owned(),
+        what: format!("block {block}"),
+        offset_bytes: block as u64 * BLOCK_BYTES,
+        expected: expected.map_or("no such block".to_owned(), |crc| format!("CRC32 {crc:08x}")),
+        got: format!("CRC32 {got:08x}"),
+    })
+}
