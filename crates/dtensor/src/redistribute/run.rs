@@ -254,6 +254,8 @@ macro_rules! with_element {
                 type $element = f64;
                 $body
             }
+            // Candle, whose tensors these are, has no other dtype that becomes one of ours.
+            stored => unreachable!("{stored} is no dtype of candle"),
         }
     };
 }

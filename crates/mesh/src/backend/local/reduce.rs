@@ -26,6 +26,7 @@ pub(super) fn reduce(dtype: DType, op: ReduceOp, sources: &[&[u8]], out: &mut [u
         DType::F64 => native(op, sources, out, fold_f64, divide_f64),
         DType::F16 => widened(op, sources, out, widen_f16, narrow_f16),
         DType::BF16 => widened(op, sources, out, widen_bf16, narrow_bf16),
+        stored => unreachable!("{stored} is no `Element`, and calls are made of elements"),
     }
 }
 
