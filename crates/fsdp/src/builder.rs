@@ -1,44 +1,34 @@
 //! FsdpBuilder: a model is constructed from its var builder, unmodified; then every rank builds its shards.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use candle_core::{DType, Device, Shape, Tensor};
-use candle_nn::var_builder::SimpleBackend;
-use candle_nn::{Init, VarBuilder};
-use sconce_mesh::{DeviceMesh, ProcessGroup};
+use candle_core::Device;
+use candle_nn::VarBuilder;
+use sconce_dtensor::{FlatTensor, LocalTensor};
+use sconce_mesh::{DeviceMesh, GroupRank, ProcessGroup};
 
-use crate::cell::{Failure, UnitSlot, parameter_cell, unit_token};
+use crate::config::FsdpConfig;
+use crate::declare::{CellBackend, Declared, DeclaredParam, KeptWhole, lock};
 use crate::error::CandleContext;
 use crate::flat_param::FlatParameter;
 use crate::init;
+use crate::pass::Pass;
 use crate::shard::Shard;
 use crate::strategy::Groups;
 use crate::unit::{Unit, UnitParts};
-use crate::{Error, Fsdp, Result, Sharded, ShardingStrategy};
-
-/// How a model is sharded.
-#[derive(Debug, Clone)]
-pub struct FsdpConfig {
-    /// Who holds what, and when parameters are freed.
-    pub strategy: ShardingStrategy,
-    /// Name prefixes of the parameters that are gathered and freed together: `["blocks.0", "blocks.1"]`. The longest
-    /// match counts; what no prefix matches belongs to the root unit.
-    pub units: Vec<String>,
-    /// Seed of the initial values: they depend on it and on the parameters' names, not on the layout.
-    pub seed: u64,
-}
+use crate::wrap::{innermost, is_inside};
+use crate::{Error, Fsdp, Result, Sharded};
 
 /// Collects the parameters that a model's constructor asks for.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_nn::Module;
-/// use sconce_fsdp::{FsdpBuilder, FsdpConfig, ShardingStrategy};
+/// use sconce_fsdp::{FsdpBuilder, FsdpConfig};
 /// use sconce_mesh::{DeviceMesh, DeviceType, ProcessGroup};
 ///
 /// let mesh = DeviceMesh::new(&ProcessGroup::single(), DeviceType::Cpu, &[1], &[])?;
-/// let config = FsdpConfig { strategy: ShardingStrategy::FullShard, units: vec![], seed: 0 };
-/// let builder = FsdpBuilder::new(&mesh, config)?;
+/// let builder = FsdpBuilder::new(&mesh, FsdpConfig::default())?;
 /// let model = candle_nn::linear(3, 2, builder.var_builder().pp("net1"))?;
 /// let fsdp = builder.build()?;
 ///
@@ -55,40 +45,15 @@ pub struct FsdpBuilder {
     declared: Arc<Mutex<Declared>>,
 }
 
-/// The parameters asked for so far.
-#[derive(Debug)]
-struct Declared {
-    /// The root, then the configured units.
-    units: Vec<DeclaredUnit>,
-    params: Vec<DeclaredParam>,
-}
-
-#[derive(Debug)]
-struct DeclaredUnit {
-    prefix: String,
-    slot: Arc<UnitSlot>,
-    token: Tensor,
-    n_params: usize,
-}
-
-#[derive(Debug)]
-struct DeclaredParam {
-    fqn: String,
-    unit: usize,
-    init: Init,
-    cell: Tensor,
-}
-
 impl FsdpBuilder {
     /// A builder for a model over `mesh`.
     ///
     /// # Errors
-    /// `MeshShape` if the strategy needs another mesh.
+    /// `MeshShape` if the strategy needs another mesh, `UnsupportedDType` for a mixed precision that cannot be.
     pub fn new(mesh: &DeviceMesh, config: FsdpConfig) -> Result<Self> {
+        config.mixed_precision.check()?;
         let groups = config.strategy.groups(mesh)?;
-        let prefixes = std::iter::once(String::new()).chain(config.units.iter().cloned());
-        let units = prefixes.map(DeclaredUnit::new).collect::<Result<_>>()?;
-        let declared = Arc::new(Mutex::new(Declared { units, params: Vec::new() }));
+        let declared = Arc::new(Mutex::new(Declared::new(config.clone())?));
         Ok(Self { mesh: mesh.clone(), config, groups, declared })
     }
 
@@ -96,19 +61,24 @@ impl FsdpBuilder {
     /// it does not compute with the parameters.
     pub fn var_builder(&self) -> VarBuilder<'static> {
         let backend = CellBackend { declared: self.declared.clone() };
-        VarBuilder::from_backend(Box::new(backend), DType::F32, Device::Cpu)
+        VarBuilder::from_backend(Box::new(backend), self.config.mixed_precision.param_dtype, Device::Cpu)
     }
 
-    /// Makes `module` run as the unit of that prefix: gathered before its forward, freed after it.
+    /// Lets `module`, whose parameters have names below `prefix`, be a unit of its own: gathered before its forward,
+    /// freed after it. The wrap policy has the last word, except that `WrapPolicy::Prefixes` knows its units now.
     ///
     /// # Errors
-    /// `UnknownUnit` if the configuration has no such prefix.
+    /// `UnknownUnit` if the configuration lists units and not this one.
     pub fn wrap<M>(&self, prefix: &str, module: M) -> Result<Sharded<M>> {
-        let declared = lock(&self.declared);
-        match declared.units.iter().skip(1).find(|unit| unit.prefix == prefix) {
-            Some(unit) => Ok(Sharded::new(unit.slot.clone(), module)),
-            None => Err(self.unknown_unit(prefix, "is not in the configuration")),
+        if !self.config.units.may_wrap(prefix) {
+            return Err(self.config.units.unknown_unit(prefix, "is not in the configuration"));
         }
+        let mut declared = lock(&self.declared);
+        let slot = declared.slot(prefix).during(|| format!("token of module {prefix:?}"))?;
+        if !declared.wrapped.iter().any(|known| known == prefix) {
+            declared.wrapped.push(prefix.to_owned());
+        }
+        Ok(Sharded::new(slot, module))
     }
 
     /// Lays the parameters out and fills this rank's shards with their initial values.
@@ -116,42 +86,63 @@ impl FsdpBuilder {
     /// Ranks: collective over the mesh: the ranks compare what they built.
     ///
     /// # Errors
-    /// `LayoutMismatch` if ranks built different models, `UnknownUnit` if a prefix matches no parameter,
-    /// `NoParameters`; the same on every rank.
+    /// `LayoutMismatch` if ranks built different models, `UnknownUnit` if a prefix matches no parameter, or none of its
+    /// own, `NoParameters`; the same on every rank.
     pub fn build(self) -> Result<Fsdp> {
-        let declared = lock(&self.declared);
-        compare_ranks(&self.groups.mesh, &declared.params)?;
+        let mut declared = lock(&self.declared);
+        compare_ranks(&self.groups.mesh, &declared.lines())?;
         if declared.params.is_empty() {
             return Err(Error::NoParameters);
         }
-        if let Some(unused) = declared.units.iter().skip(1).find(|unit| unit.n_params == 0) {
-            return Err(self.unknown_unit(&unused.prefix, "matches no parameter"));
-        }
-        let failure = Arc::new(Failure::default());
-        let units = (0..declared.units.len()).map(|nth| self.build_unit(&declared, nth, &failure));
+        let mut prefixes = vec![String::new()];
+        prefixes.extend(self.config.units.units(&declared.wrapped, &declared.shapes())?);
+        let pass = Pass::new(self.config.mixed_precision, self.config.overlap);
+        let units = (0..prefixes.len()).map(|nth| self.build_unit(&mut declared, &prefixes, nth, &pass));
         let units = units.collect::<Result<Vec<_>>>()?;
+        pass.set_units(&units);
+        for (_, slot) in declared.slots().filter(|(name, _)| !prefixes.iter().any(|unit| unit == name)) {
+            slot.set(None);
+        }
+        let kept = std::mem::take(&mut declared.kept);
         drop(declared);
-        Ok(Fsdp::new(self.mesh, self.config.strategy, self.groups, units, failure))
+        if self.config.sync_module_states {
+            broadcast(&self.groups.mesh, &kept)?;
+        }
+        Ok(Fsdp::new(self.mesh, self.config.strategy, self.groups, units, kept, pass))
     }
 
-    fn build_unit(&self, declared: &Declared, nth: usize, failure: &Arc<Failure>) -> Result<Arc<Unit>> {
-        let own: Vec<&DeclaredParam> = declared.params.iter().filter(|p| p.unit == nth).collect();
-        let layout = own.iter().map(|p| (p.fqn.clone(), p.cell.dims().to_vec()));
-        let flat = FlatParameter::new(layout, self.groups.shard.size());
-        let shard = self.initial_shard(&flat, &own);
-        let DeclaredUnit { prefix, slot, .. } = &declared.units[nth];
-        let is_root = nth == 0;
-        Ok(Unit::new(UnitParts {
+    fn build_unit(
+        &self,
+        declared: &mut Declared,
+        prefixes: &[String],
+        nth: usize,
+        pass: &Arc<Pass>,
+    ) -> Result<Arc<Unit>> {
+        let prefix = &prefixes[nth];
+        let slot = declared.slot(prefix).during(|| format!("token of unit {prefix:?}"))?;
+        let own = |p: &&DeclaredParam| innermost(&p.fqn, prefixes) == Some(prefix);
+        let (frozen, trainable): (Vec<_>, Vec<_>) =
+            declared.params.iter().filter(own).partition(|p| p.frozen);
+        let layout = |p: &&DeclaredParam| (p.fqn.clone(), p.cell.dims().to_vec());
+        let (n_shards, is_root) = (self.groups.shard.size(), nth == 0);
+        let flat =
+            FlatParameter::with_frozen(trainable.iter().map(layout), frozen.iter().map(layout), n_shards);
+        let own: Vec<&DeclaredParam> = trainable.into_iter().chain(frozen).collect();
+        let unit = Unit::new(UnitParts {
+            index: nth,
             name: prefix.clone(),
+            shard: self.initial_shard(&flat, &own),
             flat,
-            shard,
-            slot: slot.clone(),
+            slot,
             cells: own.iter().map(|p| p.cell.clone()).collect(),
             groups: self.groups.clone(),
             // As in torch: the root's backward begins where its forward ends.
             reshard_after_forward: self.config.strategy.reshards_after_forward() && !is_root,
-            failure: failure.clone(),
-        }))
+            trains: declared.params.iter().any(|p| !p.frozen && is_inside(&p.fqn, prefix)),
+            pass: pass.clone(),
+        });
+        own.iter().enumerate().for_each(|(index, param)| param.slot.set(&unit, index));
+        Ok(unit)
     }
 
     fn initial_shard(&self, flat: &FlatParameter, params: &[&DeclaredParam]) -> Shard {
@@ -164,92 +155,21 @@ impl FsdpBuilder {
         }
         Shard::from_vec(values)
     }
-
-    fn unknown_unit(&self, prefix: &str, what: &'static str) -> Error {
-        Error::UnknownUnit { unit: prefix.to_owned(), what, units: self.config.units.clone() }
-    }
 }
 
-impl DeclaredUnit {
-    fn new(prefix: String) -> Result<Self> {
-        let slot = UnitSlot::new(prefix.clone());
-        let token = unit_token(&slot).during(|| format!("token of unit {prefix:?}"))?;
-        Ok(Self { prefix, slot, token, n_params: 0 })
+/// Gives every rank the first rank's values.
+fn broadcast(group: &ProcessGroup, kept: &[KeptWhole]) -> Result<()> {
+    for KeptWhole { var, .. } in kept {
+        let mut lent = FlatTensor::whole(var.as_tensor())?;
+        let mut outcome = Ok(());
+        lent.write_box(0, &mut |bytes| outcome = group.broadcast(bytes, GroupRank(0)))?;
+        outcome?;
     }
-
-    fn matches(&self, fqn: &str) -> bool {
-        let rest = fqn.strip_prefix(self.prefix.as_str());
-        self.prefix.is_empty() || rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-    }
-}
-
-impl Declared {
-    fn get(&self, fqn: &str) -> Option<&Tensor> {
-        self.params.iter().find(|p| p.fqn == fqn).map(|p| &p.cell)
-    }
-
-    fn declare(&mut self, fqn: &str, shape: Shape, init: Init) -> candle_core::Result<Tensor> {
-        let matching = self.units.iter().enumerate().filter(|(_, unit)| unit.matches(fqn));
-        let (nth, _) = matching
-            .max_by_key(|(_, unit)| unit.prefix.len())
-            .unwrap_or_else(|| unreachable!("the root's empty prefix matches every name"));
-        let unit = &mut self.units[nth];
-        let cell = parameter_cell(&unit.token, &unit.slot, unit.n_params, shape)?;
-        unit.n_params += 1;
-        self.params.push(DeclaredParam { fqn: fqn.to_owned(), unit: nth, init, cell: cell.clone() });
-        Ok(cell)
-    }
-}
-
-/// What the var builder asks: it makes cells where candle's own backends make or load tensors.
-struct CellBackend {
-    declared: Arc<Mutex<Declared>>,
-}
-
-impl SimpleBackend for CellBackend {
-    fn get(
-        &self,
-        shape: Shape,
-        name: &str,
-        init: Init,
-        dtype: DType,
-        _device: &Device,
-    ) -> candle_core::Result<Tensor> {
-        let mut declared = lock(&self.declared);
-        if dtype != DType::F32 {
-            let got = dtype.as_str().to_owned();
-            return Err(candle_core::Error::wrap(Error::UnsupportedDType { fqn: name.to_owned(), got }));
-        }
-        match declared.get(name) {
-            None => declared.declare(name, shape, init),
-            Some(cell) if cell.shape() == &shape => Ok(cell.clone()),
-            Some(cell) => Err(candle_core::Error::wrap(Error::ShapeConflict {
-                fqn: name.to_owned(),
-                expected: cell.dims().to_vec(),
-                got: shape.dims().to_vec(),
-            })),
-        }
-    }
-
-    fn get_unchecked(&self, name: &str, _dtype: DType, _device: &Device) -> candle_core::Result<Tensor> {
-        match lock(&self.declared).get(name) {
-            Some(cell) => Ok(cell.clone()),
-            None => candle_core::bail!("parameter {name}: a sharded model must say the shape it wants"),
-        }
-    }
-
-    fn contains_tensor(&self, name: &str) -> bool {
-        lock(&self.declared).get(name).is_some()
-    }
-}
-
-fn lock(declared: &Mutex<Declared>) -> MutexGuard<'_, Declared> {
-    declared.lock().unwrap_or_else(PoisonError::into_inner)
+    Ok(())
 }
 
 /// Refuses, on every rank, models whose parameters differ in name, shape or order from the first rank's.
-fn compare_ranks(group: &ProcessGroup, params: &[DeclaredParam]) -> Result<()> {
-    let lines: Vec<String> = params.iter().map(|p| format!("{} {:?}", p.fqn, p.cell.dims())).collect();
+fn compare_ranks(group: &ProcessGroup, lines: &[String]) -> Result<()> {
     let all = group.all_gather_object(lines.join("\n").as_bytes())?;
     let Some(other) = all.iter().position(|model| *model != all[0]) else { return Ok(()) };
     let line_of =

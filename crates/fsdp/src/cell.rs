@@ -1,27 +1,31 @@
 //! The candle ops that a unit hangs into the graph, and the cells that they make.
 //!
 //! ```text
-//!   anchor Var [1] ─ UnitDone ─▶ token [1] ─ ParamGrad(i) ─▶ parameter cell i [shape]   (one tensor per parameter)
+//!   anchor Var [1] ─ Done ─▶ token "" ─ Done ─▶ token "blocks" ─ Done ─▶ token "blocks.0" ─ ParamGrad ─▶ parameter cell
 //!   unit inputs ─ InputToken ─▶ [1] ┐
-//!   unit output ────────────────────┴ UnitOut ─▶ output                                 (identity)
+//!   unit output ────────────────────┴ UnitOut ─▶ output                                                  (identity)
 //! ```
 //!
 //! candle has no module hooks, but a custom op's `bwd` runs at its place in backprop's order: `UnitOut`'s before any
-//! op of the unit, `ParamGrad`'s with the complete gradient of its parameter, `UnitDone`'s after all of them. The
-//! ops only call the unit; what happens then is in `unit.rs`.
+//! op of the unit, `ParamGrad`'s with the complete gradient of its parameter, `Done`'s after all that lies below its
+//! name. The ops only call the unit; what happens then is in `unit.rs`. There is a token for every level of names, so
+//! that which of them are units may be decided once all parameters are known.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, InplaceOp1, Layout, Shape, Tensor, Var, bail};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, DType, Device, InplaceOp1, Layout, Shape, Tensor, Var, bail,
+};
 
 use crate::Error;
 use crate::unit::Unit;
 
-/// What the ops know of their unit, which is built after them.
+/// The place of a name in the tree of names: what the ops know of the unit of that name, which is built after them.
 #[derive(Debug)]
 pub(crate) struct UnitSlot {
     name: String,
-    unit: OnceLock<Weak<Unit>>,
+    /// Unset until the model is built; then the unit, if the name is one's.
+    unit: OnceLock<Option<Weak<Unit>>>,
 }
 
 impl UnitSlot {
@@ -29,20 +33,60 @@ impl UnitSlot {
         Arc::new(Self { name, unit: OnceLock::new() })
     }
 
-    pub(crate) fn set(&self, unit: &Arc<Unit>) {
+    /// Says what the name is once the model is built: a unit, or none.
+    pub(crate) fn set(&self, unit: Option<&Arc<Unit>>) {
         // A builder builds once, so the slot is empty here.
-        let _ = self.unit.set(Arc::downgrade(unit));
+        let _ = self.unit.set(unit.map(Arc::downgrade));
     }
 
-    /// The unit, while its `Fsdp` lives.
-    pub(crate) fn get(&self) -> crate::Result<Arc<Unit>> {
-        let unit = self.unit.get().and_then(Weak::upgrade);
-        unit.ok_or_else(|| Error::Dropped { unit: self.name.clone() })
+    /// The unit of this name while its `Fsdp` lives; `None` if the name is no unit's.
+    pub(crate) fn get(&self) -> crate::Result<Option<Arc<Unit>>> {
+        match self.unit.get() {
+            None => Err(Error::NotBuilt { unit: self.name.clone() }),
+            Some(None) => Ok(None),
+            Some(Some(unit)) => self.alive(unit).map(Some),
+        }
     }
 
+    fn alive(&self, unit: &Weak<Unit>) -> crate::Result<Arc<Unit>> {
+        unit.upgrade().ok_or_else(|| Error::Dropped { unit: self.name.clone() })
+    }
+
+    /// Calls the unit, if the name is one's.
     fn call(&self, f: impl FnOnce(&Unit) -> crate::Result<()>) -> candle_core::Result<()> {
-        let unit = self.get().map_err(candle_core::Error::wrap)?;
-        f(&unit).map_err(|error| unit.failure.keep(error))
+        match self.get().map_err(candle_core::Error::wrap)? {
+            None => Ok(()),
+            Some(unit) => f(&unit).map_err(|error| unit.pass.failure.keep(error)),
+        }
+    }
+}
+
+/// Where the gradient of one parameter goes: its unit and its index there, known once the model is built.
+#[derive(Debug)]
+pub(crate) struct ParamSlot {
+    fqn: String,
+    place: OnceLock<(Weak<Unit>, usize)>,
+}
+
+impl ParamSlot {
+    pub(crate) fn new(fqn: String) -> Arc<Self> {
+        Arc::new(Self { fqn, place: OnceLock::new() })
+    }
+
+    pub(crate) fn set(&self, unit: &Arc<Unit>, index: usize) {
+        // A builder builds once, so the slot is empty here.
+        let _ = self.place.set((Arc::downgrade(unit), index));
+    }
+
+    /// Adds `gradient` to the parameter's gradient of this backward.
+    pub(crate) fn add_gradient(&self, gradient: &Tensor) -> candle_core::Result<()> {
+        let (unit, index) = match self.place.get() {
+            None => return Err(candle_core::Error::wrap(Error::NotBuilt { unit: self.fqn.clone() })),
+            Some((unit, index)) => (unit.upgrade(), *index),
+        };
+        let dropped = || candle_core::Error::wrap(Error::Dropped { unit: self.fqn.clone() });
+        let unit = unit.ok_or_else(dropped)?;
+        unit.add_gradient(index, gradient).map_err(|error| unit.pass.failure.keep(error))
     }
 }
 
@@ -63,20 +107,25 @@ impl Failure {
     }
 }
 
-/// The token of a unit: where the gradients of all its parameters meet.
-pub(crate) fn unit_token(slot: &Arc<UnitSlot>) -> candle_core::Result<Tensor> {
-    let anchor = Var::zeros(1, candle_core::DType::F32, &Device::Cpu)?;
-    anchor.apply_op1(UnitDone(slot.clone()))
+/// The token of the whole model.
+pub(crate) fn root_token(slot: &Arc<UnitSlot>) -> candle_core::Result<Tensor> {
+    token_below(Var::zeros(1, DType::F32, &Device::Cpu)?.as_tensor(), slot)
+}
+
+/// The token of a name: where the gradients of all parameters below it meet. `parent` is the token of the name without
+/// its last component.
+pub(crate) fn token_below(parent: &Tensor, slot: &Arc<UnitSlot>) -> candle_core::Result<Tensor> {
+    parent.apply_op1(Done(slot.clone()))
 }
 
 /// A parameter of the model: a tensor of `shape` whose storage comes and goes. It starts freed.
 pub(crate) fn parameter_cell(
     token: &Tensor,
-    slot: &Arc<UnitSlot>,
-    index: usize,
+    slot: &Arc<ParamSlot>,
     shape: Shape,
+    dtype: DType,
 ) -> candle_core::Result<Tensor> {
-    let cell = token.apply_op1(ParamGrad { slot: slot.clone(), index, shape })?;
+    let cell = token.apply_op1(ParamGrad { slot: slot.clone(), shape, dtype })?;
     swap_storage(&cell, freed())?;
     Ok(cell)
 }
@@ -107,9 +156,9 @@ impl InplaceOp1 for Swap {
     }
 }
 
-struct UnitDone(Arc<UnitSlot>);
+struct Done(Arc<UnitSlot>);
 
-impl CustomOp1 for UnitDone {
+impl CustomOp1 for Done {
     fn name(&self) -> &'static str {
         "fsdp-unit-done"
     }
@@ -118,16 +167,17 @@ impl CustomOp1 for UnitDone {
         Ok((CpuStorage::F32(vec![0.0]), Shape::from(1)))
     }
 
-    fn bwd(&self, _anchor: &Tensor, _token: &Tensor, _grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+    fn bwd(&self, parent: &Tensor, _token: &Tensor, _grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
         self.0.call(Unit::post_backward)?;
-        Ok(None)
+        // candle needs a gradient for every node that it walks, except for variables.
+        if parent.is_variable() { Ok(None) } else { Ok(Some(parent.zeros_like()?)) }
     }
 }
 
 struct ParamGrad {
-    slot: Arc<UnitSlot>,
-    index: usize,
+    slot: Arc<ParamSlot>,
     shape: Shape,
+    dtype: DType,
 }
 
 impl CustomOp1 for ParamGrad {
@@ -136,11 +186,17 @@ impl CustomOp1 for ParamGrad {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(Vec::new()), self.shape.clone()))
+        let storage = match self.dtype {
+            DType::F32 => CpuStorage::F32(Vec::new()),
+            DType::F16 => CpuStorage::F16(Vec::new()),
+            DType::BF16 => CpuStorage::BF16(Vec::new()),
+            other => bail!("no parameter is gathered in {other:?}"),
+        };
+        Ok((storage, self.shape.clone()))
     }
 
     fn bwd(&self, token: &Tensor, _cell: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        self.slot.call(|unit| unit.keep_gradient(self.index, grad))?;
+        self.slot.add_gradient(grad)?;
         Ok(Some(token.zeros_like()?))
     }
 }

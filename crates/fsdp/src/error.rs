@@ -43,8 +43,8 @@ pub enum Error {
     #[error("the model asked the var builder for no parameter")]
     NoParameters,
 
-    /// A dtype that flat parameters do not hold.
-    #[error("parameter {fqn}: dtype {got}: flat parameters hold f32")]
+    /// A dtype other than the model's.
+    #[error("{fqn}: dtype {got} is none that parameters are gathered and reduced in here")]
     UnsupportedDType {
         /// The parameter.
         fqn: String,
@@ -75,6 +75,17 @@ pub enum Error {
         /// The other rank's.
         got: Option<String>,
     },
+
+    /// A parameter or unit was used before [`FsdpBuilder::build`](crate::FsdpBuilder::build).
+    #[error("{unit:?}: its model is not built yet")]
+    NotBuilt {
+        /// The unit or parameter.
+        unit: String,
+    },
+
+    /// An optimizer was made for another model.
+    #[error("the optimizer was made for another model than the one it shall step")]
+    OtherModel,
 
     /// The model's handle is gone, but its parameters were used.
     #[error("unit {unit:?}: its Fsdp was dropped while its parameters were still in use")]

@@ -2,9 +2,13 @@
 //! Pure metadata: no tensor, no group.
 //!
 //! ```text
-//!   parameters   | net1.weight [8,5] | net1.bias [8] | net2.weight …        | padding |
-//!   shards       |   group rank 0   |   group rank 1   |   group rank 2   |  rank 3   |   equal lengths
+//!   trainable    | net1.weight [8,5] | net1.bias [8] | net2.weight …        | padding |
+//!   chunks       |      chunk 0      |      chunk 1     |     chunk 2      |  chunk 3  |   equal lengths
+//!   frozen       | token.weight                                    | padding |            cut likewise
+//!   shard r      | trainable chunk r | frozen chunk r |
 //! ```
+//!
+//! Frozen parameters lie apart so that reductions and optimizers have one contiguous run and no more.
 
 use sconce_dtensor::{TensorBox, run_boxes};
 
@@ -15,20 +19,26 @@ pub struct ParamLayout {
     pub fqn: String,
     /// Its shape.
     pub shape: Vec<usize>,
-    /// Its first element in the flat sequence.
+    /// Its first element in the sequence of the trainable or of the frozen parameters.
     pub offset: usize,
     /// Number of elements.
     pub numel: usize,
+    /// Whether it has no gradient.
+    pub frozen: bool,
 }
 
 /// The parameters of a unit, concatenated row-major in declaration order and padded to the group size.
 ///
 /// # Source
-/// `FlatParameter` of `torch/distributed/fsdp/_flat_param.py`: shards are `torch.chunk` of the padded sequence.
+/// `FlatParameter` of `torch/distributed/fsdp/_flat_param.py`: shards are `torch.chunk` of the padded sequence. There,
+/// frozen parameters lie among the others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FlatParameter {
+    /// The trainable ones first.
     params: Vec<ParamLayout>,
-    shard_numel: usize,
+    group_size: usize,
+    trainable_chunk: usize,
+    frozen_chunk: usize,
 }
 
 /// What one shard holds of one parameter.
@@ -43,38 +53,57 @@ pub struct ParamRun {
 }
 
 impl FlatParameter {
-    /// Lays out parameters, given as name and shape, over `group_size` shards.
+    /// Lays out trainable parameters, given as name and shape, over `group_size` shards.
     pub fn new(params: impl IntoIterator<Item = (String, Vec<usize>)>, group_size: usize) -> Self {
-        let mut numel = 0;
-        let layout = |(fqn, shape): (String, Vec<usize>)| {
-            let param = ParamLayout { fqn, offset: numel, numel: shape.iter().product(), shape };
-            numel += param.numel;
-            param
-        };
-        let params = params.into_iter().map(layout).collect();
-        Self { params, shard_numel: numel.div_ceil(group_size) }
+        Self::with_frozen(params, [], group_size)
     }
 
-    /// The parameters in flat order.
+    /// Lays out trainable and frozen parameters, given as name and shape, over `group_size` shards.
+    pub fn with_frozen(
+        trainable: impl IntoIterator<Item = (String, Vec<usize>)>,
+        frozen: impl IntoIterator<Item = (String, Vec<usize>)>,
+        group_size: usize,
+    ) -> Self {
+        let mut params = Vec::new();
+        let trainable_numel = append(&mut params, trainable, false);
+        let frozen_numel = append(&mut params, frozen, true);
+        let trainable_chunk = trainable_numel.div_ceil(group_size);
+        Self { params, group_size, trainable_chunk, frozen_chunk: frozen_numel.div_ceil(group_size) }
+    }
+
+    /// The parameters in flat order, the trainable ones first.
     pub fn params(&self) -> &[ParamLayout] {
         &self.params
     }
 
+    /// The parameters that have gradients.
+    pub fn trainable(&self) -> &[ParamLayout] {
+        &self.params[..self.params.partition_point(|param| !param.frozen)]
+    }
+
     /// Length of every shard, in elements, padding included.
     pub fn shard_numel(&self) -> usize {
-        self.shard_numel
+        self.trainable_chunk + self.frozen_chunk
+    }
+
+    /// Length of the trainable part, with which every shard begins.
+    pub fn trainable_shard_numel(&self) -> usize {
+        self.trainable_chunk
     }
 
     /// What the shard of group rank `shard` holds of parameter `index`.
     pub fn run(&self, index: usize, shard: usize) -> ParamRun {
         let param = &self.params[index];
-        let shard_start = shard * self.shard_numel;
-        let start = param.offset.max(shard_start);
-        let end = (param.offset + param.numel).min(shard_start + self.shard_numel);
+        let (chunk, before) =
+            if param.frozen { (self.frozen_chunk, self.trainable_chunk) } else { (self.trainable_chunk, 0) };
+        let chunk_start = shard * chunk;
+        let start = param.offset.max(chunk_start);
+        let end = (param.offset + param.numel).min(chunk_start + chunk);
         if start >= end {
             return ParamRun { shard_offset: 0, param_offset: 0, len: 0 };
         }
-        ParamRun { shard_offset: start - shard_start, param_offset: start - param.offset, len: end - start }
+        let (shard_offset, param_offset) = (before + start - chunk_start, start - param.offset);
+        ParamRun { shard_offset, param_offset, len: end - start }
     }
 
     /// The boxes that the shard of group rank `shard` holds of parameter `index`.
@@ -82,6 +111,82 @@ impl FlatParameter {
         let run = self.run(index, shard);
         run_boxes(&self.params[index].shape, run.param_offset, run.len)
     }
+
+    /// Elements of padding that [`FlatParameter::pieces`] needs room for.
+    pub(crate) fn padding(&self) -> usize {
+        if self.is_one_sequence() {
+            return 0;
+        }
+        let numel: usize = self.params.iter().map(|param| param.numel).sum();
+        self.group_size * self.shard_numel() - numel
+    }
+
+    /// Whole parameters as the pieces of all shards one after the other: what an all-gather of shards fills.
+    pub(crate) fn pieces<'b, T>(
+        &self,
+        params: &'b mut [Vec<T>],
+        mut padding: &'b mut [T],
+    ) -> Vec<&'b mut [T]> {
+        let mut whole: Vec<&'b mut [T]> = params.iter_mut().map(Vec::as_mut_slice).collect();
+        if self.is_one_sequence() {
+            // Padding lies at the very end, where a collective needs no room for it.
+            return whole;
+        }
+        let mut frozen = whole.split_off(self.trainable().len()).into_iter();
+        let (mut trainable, mut cut) = (whole.into_iter(), Vec::new());
+        let (mut rest, mut frozen_rest): (&mut [T], &mut [T]) = (&mut [], &mut []);
+        for _ in 0..self.group_size {
+            take(self.trainable_chunk, &mut rest, &mut trainable, &mut padding, &mut cut);
+            take(self.frozen_chunk, &mut frozen_rest, &mut frozen, &mut padding, &mut cut);
+        }
+        cut
+    }
+
+    fn is_one_sequence(&self) -> bool {
+        self.trainable_chunk == 0 || self.frozen_chunk == 0
+    }
+}
+
+/// Lays parameters out one after the other; the number of elements.
+fn append(
+    params: &mut Vec<ParamLayout>,
+    new: impl IntoIterator<Item = (String, Vec<usize>)>,
+    frozen: bool,
+) -> usize {
+    let mut offset = 0;
+    for (fqn, shape) in new {
+        let numel = shape.iter().product();
+        params.push(ParamLayout { fqn, shape, offset, numel, frozen });
+        offset += numel;
+    }
+    offset
+}
+
+/// Cuts the next `len` elements off a sequence of slices, the first of which is `rest`, and off `padding` at its end.
+fn take<'b, T>(
+    mut len: usize,
+    rest: &mut &'b mut [T],
+    sequence: &mut impl Iterator<Item = &'b mut [T]>,
+    padding: &mut &'b mut [T],
+    cut: &mut Vec<&'b mut [T]>,
+) {
+    while len > 0 {
+        if rest.is_empty() {
+            match sequence.next() {
+                Some(next) => *rest = next,
+                None => return cut.push(split_off(padding, len)),
+            }
+        }
+        let now = len.min(rest.len());
+        cut.push(split_off(rest, now));
+        len -= now;
+    }
+}
+
+fn split_off<'b, T>(slice: &mut &'b mut [T], len: usize) -> &'b mut [T] {
+    let (first, rest) = std::mem::take(slice).split_at_mut(len);
+    *slice = rest;
+    first
 }
 
 #[cfg(test)]
@@ -107,6 +212,39 @@ mod tests {
                     next += run.len;
                 }
                 assert_eq!(next, flat.params()[index].numel);
+            }
+        }
+    }
+
+    #[test]
+    fn pieces_of_a_partly_frozen_unit_are_its_shards_in_order() {
+        let named = |shapes: &[(&str, usize)]| {
+            shapes.iter().map(|(n, s)| ((*n).to_owned(), vec![*s])).collect::<Vec<_>>()
+        };
+        for group_size in 1..6 {
+            let flat = FlatParameter::with_frozen(
+                named(&[("a", 5), ("b", 2)]),
+                named(&[("c", 4), ("d", 9)]),
+                group_size,
+            );
+            let mut params: Vec<Vec<usize>> = flat.params().iter().map(|p| vec![0; p.numel]).collect();
+            let mut padding = vec![0; flat.padding()];
+            let pieces = flat.pieces(&mut params, &mut padding);
+            // Every element is told its place among the shards.
+            for (place, element) in pieces.into_iter().flatten().enumerate() {
+                *element = place;
+            }
+            for (index, values) in params.iter().enumerate() {
+                for shard in 0..group_size {
+                    let run = flat.run(index, shard);
+                    let expected: Vec<usize> =
+                        (0..run.len).map(|n| shard * flat.shard_numel() + run.shard_offset + n).collect();
+                    assert_eq!(
+                        values[run.param_offset..][..run.len],
+                        expected,
+                        "{group_size} shards, parameter {index}"
+                    );
+                }
             }
         }
     }

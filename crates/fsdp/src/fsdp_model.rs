@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
 use candle_core::backprop::GradStore;
+use candle_core::{Tensor, Var};
 use sconce_mesh::DeviceMesh;
 
-use crate::cell::Failure;
+use crate::declare::KeptWhole;
 use crate::error::CandleContext;
+use crate::pass::Pass;
 use crate::strategy::Groups;
 use crate::unit::Unit;
 use crate::{Result, ShardingStrategy, UnitOutput};
@@ -23,7 +24,8 @@ pub struct Fsdp {
     pub(crate) groups: Groups,
     /// The root first.
     pub(crate) units: Vec<Arc<Unit>>,
-    failure: Arc<Failure>,
+    pub(crate) kept: Vec<KeptWhole>,
+    pub(crate) pass: Arc<Pass>,
 }
 
 impl Fsdp {
@@ -32,9 +34,10 @@ impl Fsdp {
         strategy: ShardingStrategy,
         groups: Groups,
         units: Vec<Arc<Unit>>,
-        failure: Arc<Failure>,
+        kept: Vec<KeptWhole>,
+        pass: Arc<Pass>,
     ) -> Self {
-        Self { mesh, strategy, groups, units, failure }
+        Self { mesh, strategy, groups, units, kept, pass }
     }
 
     /// Runs the model's forward with the root's parameters gathered; wrapped modules gather their own.
@@ -50,8 +53,23 @@ impl Fsdp {
         inputs: &[&Tensor],
         forward: impl FnOnce() -> candle_core::Result<O>,
     ) -> Result<O> {
+        self.pass.forward_begins();
         let output = self.units[0].run(inputs, forward);
         self.typed(output, "forward")
+    }
+
+    /// Runs the model's forward without a graph, as for a validation: parameters are freed after it whatever the
+    /// strategy, and what a unit computes inside is freed when it ends.
+    ///
+    /// Ranks: collective over the shard group.
+    ///
+    /// # Errors
+    /// As [`Fsdp::forward`].
+    ///
+    /// # Source
+    /// `torch.no_grad`.
+    pub fn eval<O: UnitOutput>(&self, forward: impl FnOnce() -> candle_core::Result<O>) -> Result<O> {
+        self.pass.during_eval(|| self.forward(&[], forward))
     }
 
     /// Runs backward from `loss`: gradients of all units are reduced into this rank's shards, where they add up
@@ -63,10 +81,46 @@ impl Fsdp {
     /// # Errors
     /// As [`Fsdp::forward`].
     pub fn backward(&self, loss: &Tensor) -> Result<GradStore> {
-        let gradients = self.typed(loss.backward(), "backward")?;
+        let gradients = self.typed(loss.backward(), "backward");
+        let reduced = self.pass.finish_all_reductions();
+        let gradients = gradients?;
+        reduced?;
         // Units that ran forward but that the loss does not reach are still gathered.
         self.reshard()?;
         Ok(gradients)
+    }
+
+    /// Runs backward from `loss` and keeps the gradients whole on this rank, unreduced: the next [`Fsdp::backward`]
+    /// reduces them with its own. For accumulation over several batches with the communication of one, at the price of
+    /// a whole gradient in memory.
+    ///
+    /// Ranks: collective over the shard group (parameters are gathered), without reduction.
+    ///
+    /// # Errors
+    /// As [`Fsdp::forward`].
+    ///
+    /// # Source
+    /// `FullyShardedDataParallel.no_sync`.
+    pub fn backward_no_sync(&self, loss: &Tensor) -> Result<GradStore> {
+        self.pass.during_no_sync(|| self.backward(loss))
+    }
+
+    /// Forgets all gradients, reduced or not, for instance those of a step that is skipped.
+    ///
+    /// Ranks: local; every rank forgets together.
+    pub fn zero_grad(&self) {
+        self.units.iter().for_each(|unit| unit.zero_grad());
+    }
+
+    /// The tensors that [`FsdpConfig::kept_whole`](crate::FsdpConfig::kept_whole) chose, by name: whole on every rank,
+    /// and variables whose gradients [`Fsdp::backward`] returns.
+    pub fn kept_whole(&self) -> impl Iterator<Item = (&str, &Var)> {
+        self.kept.iter().map(|kept| (kept.fqn.as_str(), &kept.var))
+    }
+
+    /// Names of the units in order, the root first, whose name is empty.
+    pub fn unit_names(&self) -> impl Iterator<Item = &str> {
+        self.units.iter().map(|unit| unit.name.as_str())
     }
 
     /// The mesh that the model is sharded over.
@@ -90,8 +144,8 @@ impl Fsdp {
     }
 
     /// Puts the error that a unit met inside candle in the place of candle's text of it.
-    fn typed<T>(&self, outcome: candle_core::Result<T>, what: &str) -> Result<T> {
-        match (outcome, self.failure.take()) {
+    pub(crate) fn typed<T>(&self, outcome: candle_core::Result<T>, what: &str) -> Result<T> {
+        match (outcome, self.pass.failure.take()) {
             (Err(_), Some(error)) => Err(error),
             (outcome, _) => outcome.during(|| what.to_owned()),
         }

@@ -1,49 +1,94 @@
 //! Gradients of a unit to the mean gradient of a shard: reduce-scatter in the shard group, all-reduce over replicas.
 
-use candle_core::{CpuStorage, Storage, Tensor};
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+use half::{bf16, f16};
 use sconce_mesh::ReduceOp;
 
 use crate::flat_param::FlatParameter;
+use crate::mixed_precision::{Float, cast, slice_of};
 use crate::strategy::Groups;
 use crate::{Error, Result};
 
-/// The mean over all ranks of the mesh of this rank's shard of the gradients; a missing gradient is zero.
-///
-/// Ranks: collective over the shard group, then over the replicate group.
-///
-/// # Source
-/// `_reduce_grad` of `torch/distributed/fsdp/_runtime_utils.py`. torch divides by about the square root before and
-/// by the rest after; in f32 one division after the sums gives the same bits for world sizes that are powers of two.
-pub(crate) fn reduce_gradients(
-    flat: &FlatParameter,
-    groups: &Groups,
-    gradients: &[Option<Tensor>],
-) -> Result<Vec<f32>> {
-    let mut reduced = vec![0f32; flat.shard_numel()];
-    let storages: Vec<_> = gradients.iter().map(|g| g.as_ref().map(Tensor::storage_and_layout)).collect();
-    let zeros = vec![0f32; zeros_needed(flat, gradients)];
-    let mut parts: Vec<&[f32]> = Vec::with_capacity(storages.len());
-    for (param, lent) in flat.params().iter().zip(&storages) {
-        parts.push(match lent {
-            None => &zeros[..param.numel],
-            Some((storage, layout)) => match (&**storage, layout.contiguous_offsets()) {
-                (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => &values[start..end],
-                (other, _) => {
-                    let got = format!("gradient {:?}", other.dtype());
-                    return Err(Error::UnsupportedDType { fqn: param.fqn.clone(), got });
-                }
-            },
-        });
-    }
-    groups.shard.reduce_scatter_vectored(&parts, &mut reduced, ReduceOp::Sum)?;
-    groups.replicate.all_reduce(&mut reduced, ReduceOp::Sum)?;
-    let n_ranks = (groups.shard.size() * groups.replicate.size()) as f32;
-    reduced.iter_mut().for_each(|g| *g /= n_ranks);
-    Ok(reduced)
+/// The complete gradients of a unit on this rank, ready to be reduced by any thread.
+pub(crate) struct Reduction {
+    flat: Arc<FlatParameter>,
+    groups: Groups,
+    dtype: DType,
+    /// Contiguous, in `dtype`, one for each trainable parameter; a missing one is zero.
+    gradients: Vec<Option<Tensor>>,
 }
 
-/// Length of the longest parameter without gradient.
-fn zeros_needed(flat: &FlatParameter, gradients: &[Option<Tensor>]) -> usize {
-    let missing = flat.params().iter().zip(gradients).filter(|(_, g)| g.is_none());
-    missing.map(|(param, _)| param.numel).max().unwrap_or(0)
+impl Reduction {
+    pub(crate) fn new(
+        flat: &Arc<FlatParameter>,
+        groups: &Groups,
+        dtype: DType,
+        gradients: Vec<Option<Tensor>>,
+    ) -> Result<Self> {
+        let named = flat.trainable().iter().zip(gradients);
+        let cast = |(param, gradient): (&crate::ParamLayout, Option<Tensor>)| {
+            gradient.map(|g| cast(&g, dtype, || format!("gradient of {}", param.fqn))).transpose()
+        };
+        let gradients = named.map(cast).collect::<Result<_>>()?;
+        Ok(Self { flat: flat.clone(), groups: groups.clone(), dtype, gradients })
+    }
+
+    /// The mean over all ranks of the mesh of this rank's shard of the gradients.
+    ///
+    /// Ranks: collective over the shard group, then over the replicate group.
+    ///
+    /// # Source
+    /// `_reduce_grad` of `torch/distributed/fsdp/_runtime_utils.py`. torch divides by about the square root before and
+    /// by the rest after; in f32 one division after the sums gives the same bits for world sizes that are powers of two.
+    pub(crate) fn run(self) -> Result<Vec<f32>> {
+        match self.dtype {
+            DType::F16 => self.averaged::<f16>(),
+            DType::BF16 => self.averaged::<bf16>(),
+            _ => self.summed(),
+        }
+    }
+
+    fn summed(self) -> Result<Vec<f32>> {
+        let mut reduced = self.scattered::<f32>(ReduceOp::Sum)?;
+        self.groups.replicate.all_reduce(&mut reduced, ReduceOp::Sum)?;
+        let n_ranks = self.groups.n_ranks();
+        if n_ranks > 1 {
+            reduced.iter_mut().for_each(|g| *g /= n_ranks as f32);
+        }
+        Ok(reduced)
+    }
+
+    /// In a short dtype a sum might overflow where the mean does not.
+    fn averaged<T: Float>(self) -> Result<Vec<f32>> {
+        let mut reduced = self.scattered::<T>(ReduceOp::Avg)?;
+        self.groups.replicate.all_reduce(&mut reduced, ReduceOp::Avg)?;
+        Ok(T::into_f32(reduced))
+    }
+
+    fn scattered<T: Float>(&self, op: ReduceOp) -> Result<Vec<T>> {
+        let mut reduced = vec![T::default(); self.flat.trainable_shard_numel()];
+        let zeros = vec![T::default(); self.zeros_needed()];
+        let lent: Vec<_> =
+            self.gradients.iter().map(|g| g.as_ref().map(Tensor::storage_and_layout)).collect();
+        let mut parts: Vec<&[T]> = Vec::with_capacity(lent.len());
+        for (param, lent) in self.flat.trainable().iter().zip(&lent) {
+            parts.push(match lent {
+                None => &zeros[..param.numel],
+                Some((storage, layout)) => slice_of(storage, layout).ok_or_else(|| {
+                    let got = format!("a gradient that lies {layout:?} on {:?}", storage.device().location());
+                    Error::UnsupportedDType { fqn: param.fqn.clone(), got }
+                })?,
+            });
+        }
+        self.groups.shard.reduce_scatter_vectored(&parts, &mut reduced, op)?;
+        Ok(reduced)
+    }
+
+    /// Length of the longest parameter without gradient.
+    fn zeros_needed(&self) -> usize {
+        let missing = self.flat.trainable().iter().zip(&self.gradients).filter(|(_, g)| g.is_none());
+        missing.map(|(param, _)| param.numel).max().unwrap_or(0)
+    }
 }

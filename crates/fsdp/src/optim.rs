@@ -1,10 +1,13 @@
 //! Optimizers over shards: they own their state, keyed by parameter name in state dicts and sharded as parameters are.
 
 mod adam;
+mod groups;
 mod sgd;
 mod state;
+mod steps;
 
 pub use adam::{Adam, AdamConfig};
+pub use groups::ParamGroup;
 pub use sgd::{Sgd, SgdConfig};
 
 use sconce_dtensor::StateDict;
@@ -18,7 +21,7 @@ pub trait Optimizer {
     /// Ranks: local; every rank steps after the same backwards. Units that no backward reached do not change.
     ///
     /// # Errors
-    /// A shard could not be lent.
+    /// `OtherModel` if the optimizer was made for another `Fsdp`.
     fn step(&mut self, fsdp: &Fsdp) -> Result<()>;
 
     /// `{"state": {fqn: {name: tensor}}, "param_groups": [{…}]}`, as torch names it.
@@ -37,6 +40,28 @@ pub trait Optimizer {
     /// `KeyMismatch`, `ValueMismatch`, `RefusedElsewhere`.
     fn load_state_dict(&mut self, fsdp: &Fsdp, state: &StateDict<'_>) -> Result<()>;
 
-    /// Sets the learning rate of the next steps.
+    /// Sets the learning rate of the next steps, in all groups.
     fn set_lr(&mut self, lr: f64);
+}
+
+/// The hyperparameters of every group, the optimizer's own first.
+#[derive(Debug)]
+struct Configs<C>(Vec<C>);
+
+impl<C: Copy> Configs<C> {
+    fn new(own: C, groups: &[ParamGroup<C>]) -> Self {
+        Self(std::iter::once(own).chain(groups.iter().map(|group| group.config)).collect())
+    }
+
+    fn get(&self, group: usize) -> &C {
+        &self.0[group]
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &C> {
+        self.0.iter()
+    }
+
+    fn update(&mut self, mut change: impl FnMut(usize, &mut C)) {
+        self.0.iter_mut().enumerate().for_each(|(nth, config)| change(nth, config));
+    }
 }

@@ -37,17 +37,17 @@ impl Shard {
         f(exclusive(&mut self.lock()))
     }
 
-    /// Rewrites every element of a shard and of the moments beside it, which are as long.
+    /// Rewrites the first `numel` elements of a shard and all of the moments beside it, which are as many.
     ///
     /// `f` is lent consecutive ranges and changes them in place. Where a snapshot holds the values, it changes a
     /// fresh buffer that takes their place, in one pass.
     pub(crate) fn update<const N: usize>(
         &self,
+        numel: usize,
         moments: &[Shard; N],
         mut f: impl FnMut(Range<usize>, &mut [f32], [&mut [f32]; N]),
     ) {
         let mut held = self.lock();
-        let numel = held.len();
         let mut held_moments = moments.each_ref().map(Shard::lock);
         let mut target = Target::of(&mut held);
         let mut targets = held_moments.each_mut().map(|held| Target::of(held));
@@ -93,7 +93,8 @@ impl<'a> Target<'a> {
     }
 
     fn finish(self) {
-        if let Self::Beside { held, new } = self {
+        if let Self::Beside { held, mut new } = self {
+            new.extend_from_slice(&held[new.len()..]);
             *held = Arc::new(new);
         }
     }
@@ -112,7 +113,7 @@ mod tests {
 
     fn add_gradient(shard: &Shard, moments: &[Shard; 1]) {
         let gradient: Vec<f32> = (0..NUMEL).map(|i| i as f32).collect();
-        shard.update(moments, |range, values, [moment]| {
+        shard.update(NUMEL, moments, |range, values, [moment]| {
             for ((value, moment), g) in values.iter_mut().zip(moment).zip(&gradient[range]) {
                 *moment += g;
                 *value += *moment;

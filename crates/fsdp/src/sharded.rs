@@ -8,7 +8,8 @@ use candle_nn::Module;
 use crate::UnitOutput;
 use crate::cell::UnitSlot;
 
-/// A module whose parameters are gathered before its forward and freed after it.
+/// A module whose parameters are gathered before its forward and freed after it, if the wrap policy makes it a unit;
+/// otherwise it runs as a part of what it lies in.
 ///
 /// Made by [`FsdpBuilder::wrap`](crate::FsdpBuilder::wrap). It is a [`Module`] where `M` is one; for other forwards
 /// there is [`Sharded::run`].
@@ -30,8 +31,10 @@ impl<M> Sharded<M> {
     /// # Errors
     /// What `forward` returns, or a failed collective (typed by [`Fsdp::forward`](crate::Fsdp::forward)).
     pub fn run<O: UnitOutput>(&self, inputs: &[&Tensor], forward: impl FnOnce(&M) -> Result<O>) -> Result<O> {
-        let unit = self.slot.get().map_err(candle_core::Error::wrap)?;
-        unit.run(inputs, || forward(&self.module))
+        match self.slot.get().map_err(candle_core::Error::wrap)? {
+            Some(unit) => unit.run(inputs, || forward(&self.module)),
+            None => forward(&self.module),
+        }
     }
 
     /// The wrapped module.

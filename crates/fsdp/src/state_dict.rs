@@ -1,17 +1,19 @@
 //! State dicts of sharded models: Full, Sharded and the flat shards themselves; and loading from any of them.
 
 use sconce_dtensor::{
-    DTensor, ExchangePlan, FlatTensor, LocalTensor, Move, Placement, StateDict, TensorBox, Value, exchange,
-    local_box,
+    DTensor, DType, ExchangePlan, FlatTensor, LocalTensor, Move, Placement, StateDict, TensorBox, TensorBuf,
+    Value, exchange, local_box,
 };
 
 use crate::error::CandleContext;
 use crate::shard::Shard;
 use crate::shard_piece::ShardPiece;
 use crate::unit::Unit;
-use crate::{Fsdp, Result, ShardingStrategy};
+use crate::{Fsdp, ParamLayout, Result, ShardingStrategy};
 
 mod loading;
+mod wire;
+pub use loading::LoadReport;
 pub(crate) use loading::Loading;
 
 /// What the values of a state dict are.
@@ -22,6 +24,8 @@ pub(crate) use loading::Loading;
 pub enum StateDictType {
     /// Whole tensors on every rank.
     Full,
+    /// Whole tensors on the mesh's first rank, nothing on the others (torch's `rank0_only`).
+    FullOnFirstRank,
     /// A `DTensor` a parameter: `[Shard(0)]` on a 1-D mesh, `[Replicate, Shard(0)]` under hybrid sharding.
     Sharded,
     /// The boxes that this rank's flat shards hold, sharing their storage: no communication and no copy, for a
@@ -39,10 +43,17 @@ impl Fsdp {
     pub fn state_dict(&self, kind: StateDictType) -> Result<StateDict<'static>> {
         // Flat shards may be written through their state dict: no gathered copy may outlive that.
         self.reshard()?;
-        shard_state_dict(self, &self.parameter_shards(), kind)
+        let mut state = shard_state_dict(self, &self.parameter_views(), kind)?;
+        if kind != StateDictType::FullOnFirstRank || self.is_first_rank() {
+            for (fqn, var) in self.kept_whole() {
+                state.insert(fqn, Value::try_from(var.as_tensor())?);
+            }
+        }
+        Ok(state)
     }
 
-    /// Takes the parameters of a state dict of any kind, from any layout of this mesh's ranks.
+    /// Takes the parameters of a state dict of any kind, from any layout of this mesh's ranks. What a rank does not have
+    /// it takes from one that has.
     ///
     /// Ranks: collective over the mesh. Nothing changes on any rank if one refuses.
     ///
@@ -50,14 +61,37 @@ impl Fsdp {
     /// `KeyMismatch` with every missing and unexpected name, `ValueMismatch` with both shapes or dtypes,
     /// `RefusedElsewhere`; `DTensor(Uncovered)` if no rank holds a part of a parameter.
     pub fn load_state_dict(&self, state: &StateDict<'_>) -> Result<()> {
-        let mut loading = Loading::new(self);
-        loading.add(&self.parameter_shards(), "", |fqn| state.get(fqn));
-        loading.refuse_unexpected(state.keys());
+        self.load(state, true).map(drop)
+    }
+
+    /// As [`Fsdp::load_state_dict`], but loads what names both have, and returns the others.
+    ///
+    /// Ranks: collective over the mesh. Nothing changes on any rank if one refuses.
+    ///
+    /// # Errors
+    /// As [`Fsdp::load_state_dict`], without `KeyMismatch`.
+    ///
+    /// # Source
+    /// `load_state_dict(strict=False)`.
+    pub fn load_state_dict_non_strict(&self, state: &StateDict<'_>) -> Result<LoadReport> {
+        self.load(state, false)
+    }
+
+    fn load(&self, state: &StateDict<'_>, strict: bool) -> Result<LoadReport> {
+        let mut loading = Loading::new(self, strict);
+        loading.add(&self.parameter_views(), "", |fqn| state.get(fqn))?;
+        loading.add_kept(|fqn| state.get(fqn))?;
+        loading.note_unexpected(state.keys());
         loading.run(Ok(()))
     }
 
-    fn parameter_shards(&self) -> Vec<&Shard> {
-        self.units.iter().map(|unit| &unit.shard).collect()
+    fn parameter_views(&self) -> Vec<ShardView<'_>> {
+        let view = |unit| ShardView { unit, shard: &unit.shard, params: unit.flat.params() };
+        self.units.iter().map(|unit| view(&**unit)).collect()
+    }
+
+    fn is_first_rank(&self) -> bool {
+        self.groups.mesh.group_rank().0 == 0
     }
 
     /// The placements of a parameter in a sharded state dict.
@@ -70,6 +104,23 @@ impl Fsdp {
                 vec![Placement::Replicate, split]
             }
         }
+    }
+}
+
+/// A shard of a unit's parameters, or of a moment of the trainable ones.
+pub(crate) struct ShardView<'f> {
+    pub(crate) unit: &'f Unit,
+    pub(crate) shard: &'f Shard,
+    /// The unit's first parameters: all, or the trainable ones.
+    pub(crate) params: &'f [ParamLayout],
+}
+
+impl ShardView<'_> {
+    /// What this rank's shard holds of a parameter, sharing its storage.
+    fn piece(&self, index: usize) -> ShardPiece {
+        let run = self.unit.flat.run(index, self.unit.shard_index());
+        let shape = &self.params[index].shape;
+        ShardPiece::new(self.shard.clone(), run.shard_offset, shape, run.param_offset, run.len)
     }
 }
 
@@ -86,18 +137,16 @@ impl Piece<'_> {
     }
 }
 
-/// One shard a unit (its parameters, or a moment) as a state dict of `kind`.
+/// One shard a unit as a state dict of `kind`.
 pub(crate) fn shard_state_dict(
     fsdp: &Fsdp,
-    shards: &[&Shard],
+    views: &[ShardView<'_>],
     kind: StateDictType,
 ) -> Result<StateDict<'static>> {
-    let mut pieces = Vec::new();
-    for (unit, shard) in fsdp.units.iter().zip(shards) {
-        for index in 0..unit.flat.params().len() {
-            pieces.push(Piece { unit, index, held: piece(unit, shard, index) });
-        }
-    }
+    let pieces = views.iter().flat_map(|view| {
+        (0..view.params.len()).map(move |index| Piece { unit: view.unit, index, held: view.piece(index) })
+    });
+    let pieces: Vec<Piece<'_>> = pieces.collect();
     match kind {
         StateDictType::FlatShard => {
             let entry = |piece: Piece<'_>| (piece.fqn(), Value::Tensor(Box::new(piece.held)));
@@ -105,14 +154,11 @@ pub(crate) fn shard_state_dict(
         }
         StateDictType::Sharded => gathered(fsdp, &pieces, sharded_zeros),
         StateDictType::Full => gathered(fsdp, &pieces, whole_zeros),
+        StateDictType::FullOnFirstRank => {
+            let state = gathered(fsdp, &pieces, whole_on_first)?;
+            Ok(if fsdp.is_first_rank() { state } else { StateDict::new() })
+        }
     }
-}
-
-/// What this rank's shard holds of a parameter, sharing its storage.
-fn piece(unit: &Unit, shard: &Shard, index: usize) -> ShardPiece {
-    let run = unit.flat.run(index, unit.shard_index());
-    let shape = &unit.flat.params()[index].shape;
-    ShardPiece::new(shard.clone(), run.shard_offset, shape, run.param_offset, run.len)
 }
 
 /// A value to be filled, and the boxes that each rank of the shard group wants of it.
@@ -162,6 +208,18 @@ fn sharded_zeros(fsdp: &Fsdp, shape: &[usize]) -> Result<Target> {
 fn whole_zeros(fsdp: &Fsdp, shape: &[usize]) -> Result<Target> {
     let wanted = vec![vec![TensorBox::whole(shape)]; fsdp.groups.shard.size()];
     Ok(Target { value: Box::new(FlatTensor::whole(&zeros(shape)?)?), wanted })
+}
+
+/// Whole in the first member of each shard group, which is the mesh's first rank in one of them.
+fn whole_on_first(fsdp: &Fsdp, shape: &[usize]) -> Result<Target> {
+    let mut wanted = vec![vec![]; fsdp.groups.shard.size()];
+    wanted[0].push(TensorBox::whole(shape));
+    let value: Box<dyn LocalTensor> = if fsdp.groups.shard.group_rank().0 == 0 {
+        Box::new(FlatTensor::whole(&zeros(shape)?)?)
+    } else {
+        Box::new(TensorBuf::from_boxes(DType::F32, shape, vec![], vec![])?)
+    };
+    Ok(Target { value, wanted })
 }
 
 fn zeros(shape: &[usize]) -> Result<candle_core::Tensor> {

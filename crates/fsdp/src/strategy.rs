@@ -8,9 +8,10 @@ use crate::{Error, Result};
 ///
 /// # Source
 /// `torch.distributed.fsdp.ShardingStrategy`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum ShardingStrategy {
     /// Everything sharded over a 1-D mesh; parameters freed after forward and gathered again for backward.
+    #[default]
     FullShard,
     /// As `FullShard`, but parameters stay gathered from forward to the end of backward.
     ShardGradOp,
@@ -31,6 +32,13 @@ pub(crate) struct Groups {
     pub(crate) replicate: ProcessGroup,
     /// All ranks of the mesh.
     pub(crate) mesh: ProcessGroup,
+}
+
+impl Groups {
+    /// Number of ranks that gradients are averaged over.
+    pub(crate) fn n_ranks(&self) -> usize {
+        self.shard.size() * self.replicate.size()
+    }
 }
 
 impl ShardingStrategy {

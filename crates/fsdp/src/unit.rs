@@ -2,12 +2,15 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::{CpuStorage, Tensor};
+use candle_core::{CpuStorage, DType, Tensor};
+use sconce_mesh::Work;
 
-use crate::cell::{Failure, UnitSlot, freed, input_token, mark_output, swap_storage};
+use crate::cell::{UnitSlot, freed, input_token, mark_output, swap_storage};
 use crate::error::CandleContext;
 use crate::flat_param::FlatParameter;
-use crate::grad_sync::reduce_gradients;
+use crate::gather::gather;
+use crate::grad_sync::Reduction;
+use crate::pass::Pass;
 use crate::shard::Shard;
 use crate::strategy::Groups;
 use crate::{Result, UnitOutput};
@@ -17,45 +20,73 @@ use crate::{Result, UnitOutput};
 pub(crate) struct Unit {
     /// Prefix of its parameters; empty for the root.
     pub(crate) name: String,
-    pub(crate) flat: FlatParameter,
+    pub(crate) flat: Arc<FlatParameter>,
     pub(crate) shard: Shard,
-    pub(crate) failure: Arc<Failure>,
+    pub(crate) pass: Arc<Pass>,
+    /// Position among the model's units.
+    index: usize,
     slot: Arc<UnitSlot>,
     cells: Vec<Tensor>,
     groups: Groups,
     reshard_after_forward: bool,
+    /// Whether any parameter in it, units inside included, has a gradient.
+    trains: bool,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
-    unsharded: bool,
-    /// Complete gradients of this backward, by parameter.
+    params: Params,
+    /// Complete gradients by trainable parameter: of this backward, and of those before it that did not reduce.
     gradients: Vec<Option<Tensor>>,
     /// The reduced gradient of the shard, summed over the backwards since the last step.
     shard_gradient: Option<Vec<f32>>,
 }
 
+/// Where a unit's whole parameters are.
+#[derive(Debug)]
+enum Params {
+    Freed,
+    /// On their way into buffers, not yet in the cells.
+    Gathering(Work<Vec<CpuStorage>>),
+    Unsharded,
+}
+
 /// What a unit is made of.
 pub(crate) struct UnitParts {
+    pub(crate) index: usize,
     pub(crate) name: String,
     pub(crate) flat: FlatParameter,
     pub(crate) shard: Shard,
     pub(crate) slot: Arc<UnitSlot>,
+    /// One for each parameter of `flat`, in its order.
     pub(crate) cells: Vec<Tensor>,
     pub(crate) groups: Groups,
     pub(crate) reshard_after_forward: bool,
-    pub(crate) failure: Arc<Failure>,
+    pub(crate) trains: bool,
+    pub(crate) pass: Arc<Pass>,
 }
 
 impl Unit {
     pub(crate) fn new(parts: UnitParts) -> Arc<Self> {
-        let UnitParts { name, flat, shard, slot, cells, groups, reshard_after_forward, failure } = parts;
-        let state = State { unsharded: false, gradients: vec![None; cells.len()], shard_gradient: None };
-        let state = Mutex::new(state);
-        let unit =
-            Arc::new(Self { name, flat, shard, failure, slot, cells, groups, reshard_after_forward, state });
-        unit.slot.set(&unit);
+        let UnitParts { index, name, flat, shard, slot, cells, groups, reshard_after_forward, trains, pass } =
+            parts;
+        let gradients = vec![None; flat.trainable().len()];
+        let state = Mutex::new(State { params: Params::Freed, gradients, shard_gradient: None });
+        let unit = Arc::new(Self {
+            name,
+            flat: Arc::new(flat),
+            shard,
+            pass,
+            index,
+            slot,
+            cells,
+            groups,
+            reshard_after_forward,
+            trains,
+            state,
+        });
+        unit.slot.set(Some(&unit));
         unit
     }
 
@@ -66,72 +97,122 @@ impl Unit {
         inputs: &[&Tensor],
         forward: impl FnOnce() -> candle_core::Result<O>,
     ) -> candle_core::Result<O> {
-        self.unshard().map_err(|error| self.failure.keep(error))?;
-        let output = forward()?;
-        let token = input_token(inputs)?;
-        let output = output.map_tensors(&mut |tensor| {
-            if !tensor.track_op() || !tensor.dtype().is_float() {
-                return Ok(tensor);
-            }
-            mark_output(&self.slot, token.as_ref(), &tensor.contiguous()?)
-        })?;
-        if self.reshard_after_forward {
-            self.reshard().map_err(|error| self.failure.keep(error))?;
+        let begun = self.unshard().and_then(|()| self.pass.forward_reached(self.index));
+        begun.map_err(|error| self.pass.failure.keep(error))?;
+        let output = self.mark(inputs, forward()?)?;
+        if self.reshard_after_forward || self.pass.is_eval() {
+            self.reshard().map_err(|error| self.pass.failure.keep(error))?;
         }
         Ok(output)
     }
 
+    /// Outputs through which backward finds its way into the unit, or that end the graph if none is needed.
+    fn mark<O: UnitOutput>(&self, inputs: &[&Tensor], output: O) -> candle_core::Result<O> {
+        let token = input_token(inputs)?;
+        let no_graph = self.pass.is_eval() || (token.is_none() && !self.trains);
+        let output_dtype = self.pass.precision.output_dtype.filter(|_| self.name.is_empty());
+        output.map_tensors(&mut |tensor| {
+            if !tensor.dtype().is_float() {
+                return Ok(tensor);
+            }
+            let tensor = tensor.to_dtype(output_dtype.unwrap_or(tensor.dtype()))?;
+            match tensor.track_op() {
+                true if no_graph => Ok(tensor.detach()),
+                true => mark_output(&self.slot, token.as_ref(), &tensor.contiguous()?),
+                false => Ok(tensor),
+            }
+        })
+    }
+
+    /// Begins to gather, so that the collective runs beside what this thread computes next.
+    pub(crate) fn prefetch(&self) -> Result<()> {
+        let mut state = self.state();
+        if self.groups.shard.size() > 1 && matches!(state.params, Params::Freed) {
+            let (flat, shard, dtype) = (self.flat.clone(), self.shard.values(), self.dtype());
+            let gathering = self.groups.shard.issue(move |group| gather(group, &flat, &shard, dtype));
+            state.params = Params::Gathering(gathering);
+        }
+        Ok(())
+    }
+
     /// All-gathers every shard straight into one buffer a parameter and hands the buffers to the cells.
     pub(crate) fn unshard(&self) -> Result<()> {
-        if self.state().unsharded {
-            return Ok(());
+        let params = std::mem::replace(&mut self.state().params, Params::Freed);
+        let gathered = match params {
+            Params::Freed => gather(&self.groups.shard, &self.flat, &self.shard.values(), self.dtype())?,
+            Params::Gathering(work) => work.wait()?,
+            Params::Unsharded => {
+                self.state().params = Params::Unsharded;
+                return Ok(());
+            }
+        };
+        for (cell, buffer) in self.cells.iter().zip(gathered) {
+            swap_storage(cell, buffer).during(|| format!("unsharding unit {:?}", self.name))?;
         }
-        let mut buffers: Vec<Vec<f32>> = self.flat.params().iter().map(|p| vec![0.0; p.numel]).collect();
-        let mut parts: Vec<&mut [f32]> = buffers.iter_mut().map(Vec::as_mut_slice).collect();
-        self.groups.shard.all_gather_vectored(&self.shard.values(), &mut parts)?;
-        for (cell, buffer) in self.cells.iter().zip(buffers) {
-            swap_storage(cell, CpuStorage::F32(buffer))
-                .during(|| format!("unsharding unit {:?}", self.name))?;
-        }
-        self.state().unsharded = true;
+        self.state().params = Params::Unsharded;
         Ok(())
     }
 
     /// Frees the gathered parameters: touching one is an error from here on.
     pub(crate) fn reshard(&self) -> Result<()> {
-        if !std::mem::take(&mut self.state().unsharded) {
-            return Ok(());
-        }
-        for cell in &self.cells {
-            swap_storage(cell, freed()).during(|| format!("resharding unit {:?}", self.name))?;
+        match std::mem::replace(&mut self.state().params, Params::Freed) {
+            Params::Freed => {}
+            Params::Gathering(work) => drop(work.wait()?),
+            Params::Unsharded => {
+                for cell in &self.cells {
+                    swap_storage(cell, freed()).during(|| format!("resharding unit {:?}", self.name))?;
+                }
+            }
         }
         Ok(())
     }
 
     /// Before the first op of the unit in backward.
     pub(crate) fn pre_backward(&self) -> Result<()> {
-        self.unshard()
+        self.unshard()?;
+        self.pass.backward_reached(self.index)
     }
 
-    /// The complete gradient of parameter `index`; kept as it is, without a flat copy.
-    pub(crate) fn keep_gradient(&self, index: usize, gradient: &Tensor) -> Result<()> {
-        let fqn = || format!("gradient of {}", self.flat.params()[index].fqn);
-        let gradient = gradient.contiguous().during(fqn)?;
-        self.state().gradients[index] = Some(gradient);
+    /// Adds to the gradient of parameter `index`. candle's own ops bring it whole, a fused op once for each time that
+    /// it ran; the first is kept as it is, without a flat copy.
+    pub(crate) fn add_gradient(&self, index: usize, gradient: &Tensor) -> Result<()> {
+        let param = &self.flat.params()[index];
+        if param.frozen {
+            return Ok(());
+        }
+        let before = self.state().gradients[index].take();
+        let gradient = match before {
+            None => gradient.contiguous(),
+            Some(before) => before.add(gradient),
+        };
+        self.state().gradients[index] = Some(gradient.during(|| format!("gradient of {}", param.fqn))?);
         Ok(())
     }
 
     /// After every gradient that the loss reaches: frees the parameters, reduces the gradients.
     pub(crate) fn post_backward(&self) -> Result<()> {
         self.reshard()?;
-        let gradients = std::mem::replace(&mut self.state().gradients, vec![None; self.cells.len()]);
-        let reduced = reduce_gradients(&self.flat, &self.groups, &gradients)?;
+        if self.flat.trainable().is_empty() || self.pass.is_no_sync() {
+            return Ok(());
+        }
+        let n_gradients = self.flat.trainable().len();
+        let gradients = std::mem::replace(&mut self.state().gradients, vec![None; n_gradients]);
+        let reduction =
+            Reduction::new(&self.flat, &self.groups, self.pass.precision.reduce_dtype, gradients)?;
+        if self.pass.overlap.reduce && self.groups.n_ranks() > 1 {
+            self.pass.reducing(self.index, || self.groups.shard.issue(move |_| Ok(reduction.run())))
+        } else {
+            self.add_shard_gradient(reduction.run()?);
+            Ok(())
+        }
+    }
+
+    pub(crate) fn add_shard_gradient(&self, reduced: Vec<f32>) {
         let mut state = self.state();
         match &mut state.shard_gradient {
             None => state.shard_gradient = Some(reduced),
             Some(sum) => sum.iter_mut().zip(&reduced).for_each(|(sum, g)| *sum += g),
         }
-        Ok(())
     }
 
     /// The reduced gradient since the last call; `None` if no backward reached the unit.
@@ -139,9 +220,30 @@ impl Unit {
         self.state().shard_gradient.take()
     }
 
+    /// Lends the reduced gradient, if there is one.
+    pub(crate) fn with_gradient<R>(&self, f: impl FnOnce(&mut [f32]) -> R) -> Option<R> {
+        self.state().shard_gradient.as_deref_mut().map(f)
+    }
+
+    /// Forgets all gradients.
+    pub(crate) fn zero_grad(&self) {
+        let mut state = self.state();
+        state.shard_gradient = None;
+        state.gradients.fill(None);
+    }
+
     /// This rank's position among the shards.
     pub(crate) fn shard_index(&self) -> usize {
         self.groups.shard.group_rank().0
+    }
+
+    /// The model's tensors of this unit, in the order of its parameters.
+    pub(crate) fn cells(&self) -> &[Tensor] {
+        &self.cells
+    }
+
+    fn dtype(&self) -> DType {
+        self.pass.precision.param_dtype
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

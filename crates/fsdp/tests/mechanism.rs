@@ -20,7 +20,7 @@ use sconce_mesh::{DeviceMesh, DeviceType, ProcessGroup};
 const LR: f64 = 0.5;
 
 fn config(strategy: ShardingStrategy, units: &[&str]) -> FsdpConfig {
-    FsdpConfig { strategy, units: units.iter().map(|u| (*u).to_owned()).collect(), seed: 11 }
+    FsdpConfig { strategy, units: units.iter().copied().collect(), seed: 11, ..FsdpConfig::default() }
 }
 
 /// Two units and a root layer between them.
@@ -166,7 +166,8 @@ fn a_unit_that_runs_twice_and_one_that_the_loss_does_not_reach_are_fine() {
                     before[fqn].iter().zip(g).map(|(p, g)| p - LR as f32 * g).collect()
                 }
             };
-            assert!(relative_difference(&after[fqn], &expected) < 1e-6, "{fqn}");
+            let off = relative_difference(&after[fqn], &expected);
+            assert!(off < 1e-6, "{fqn}: {off}: {:?} for {expected:?}", after[fqn]);
         }
     });
 }

@@ -91,7 +91,8 @@ fn build<M>(
     make: impl FnOnce(candle_nn::VarBuilder<'_>) -> candle_core::Result<M>,
 ) -> (M, Fsdp) {
     let builder =
-        FsdpBuilder::new(&mesh(world, strategy), FsdpConfig { strategy, units: vec![], seed: 9 }).unwrap();
+        FsdpBuilder::new(&mesh(world, strategy), FsdpConfig { strategy, seed: 9, ..FsdpConfig::default() })
+            .unwrap();
     let model = make(builder.var_builder()).unwrap();
     (model, builder.build().unwrap())
 }

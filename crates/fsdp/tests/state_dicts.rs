@@ -31,8 +31,12 @@ fn with_units(
     seed: u64,
     units: &[&str],
 ) -> (SimpleModelUneven, Fsdp) {
-    let units = units.iter().map(|unit| (*unit).to_owned()).collect();
-    let builder = FsdpBuilder::new(&mesh(world, strategy), FsdpConfig { strategy, units, seed }).unwrap();
+    let units = units.iter().copied().collect();
+    let builder = FsdpBuilder::new(
+        &mesh(world, strategy),
+        FsdpConfig { strategy, units, seed, ..FsdpConfig::default() },
+    )
+    .unwrap();
     let model = SimpleModelUneven::new(builder.var_builder()).unwrap();
     (model, builder.build().unwrap())
 }
@@ -187,7 +191,7 @@ fn a_state_dict_of_another_model_is_refused_on_every_rank_and_changes_nothing() 
 #[test]
 fn two_layers_that_ask_for_one_name_share_one_parameter() {
     ranks(2, |world| {
-        let config = FsdpConfig { strategy: ShardingStrategy::FullShard, units: vec![], seed: 1 };
+        let config = FsdpConfig { seed: 1, ..FsdpConfig::default() };
         let builder = FsdpBuilder::new(&mesh(&world, ShardingStrategy::FullShard), config).unwrap();
         let tied = [(); 2].map(|()| linear(3, 3, builder.var_builder().pp("tied")).unwrap());
         let fsdp = builder.build().unwrap();

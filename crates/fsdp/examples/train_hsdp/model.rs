@@ -12,7 +12,7 @@ use crate::corpus::CONTEXT;
 const WIDTH: usize = 160;
 const HEADS: usize = 4;
 /// Transformer blocks; each is a unit of its own.
-pub(crate) const BLOCKS: usize = 4;
+const BLOCKS: usize = 4;
 
 /// Characters in, logits of the next character out.
 pub(crate) struct Transformer {

@@ -8,13 +8,13 @@ use candle_nn::{Module, loss::cross_entropy};
 use sconce_checkpoint::{LoadOptions, SaveOptions, load_with, save_with};
 use sconce_dtensor::{StateDict, Value};
 use sconce_fsdp::{
-    Adam, AdamConfig, Fsdp, FsdpBuilder, FsdpConfig, Optimizer, ShardingStrategy, StateDictType,
+    Adam, AdamConfig, Fsdp, FsdpBuilder, FsdpConfig, Optimizer, ShardingStrategy, StateDictType, WrapPolicy,
 };
 use sconce_mesh::{DeviceMesh, DeviceType, GroupOptions, ProcessGroup};
 
 use crate::args::{Args, Phase};
 use crate::corpus::{BATCH, CONTEXT, Corpus};
-use crate::model::{BLOCKS, Transformer};
+use crate::model::Transformer;
 use crate::{AnyResult, checkpoint_dir};
 
 /// The step number whose batch no training step sees.
@@ -59,8 +59,9 @@ impl Trainer {
             2 => ShardingStrategy::HybridShard,
             _ => ShardingStrategy::FullShard,
         };
-        let units = (0..BLOCKS).map(|nth| format!("blocks.{nth}")).collect();
-        let builder = FsdpBuilder::new(mesh, FsdpConfig { strategy, units, seed: 42 })?;
+        let units = WrapPolicy::RepeatedBlocks(vec!["blocks".to_owned()]);
+        let builder =
+            FsdpBuilder::new(mesh, FsdpConfig { strategy, units, seed: 42, ..FsdpConfig::default() })?;
         let model = Transformer::new(corpus.vocabulary, builder.var_builder(), |prefix, block| {
             Ok(Box::new(builder.wrap(prefix, block)?))
         })?;

@@ -2,8 +2,9 @@
 
 use sconce_dtensor::{StateDict, Value};
 
-use super::Optimizer;
-use super::state::{self, Moments};
+use super::groups::ParamGroup;
+use super::state::{Moments, number, param_group, truth};
+use super::{Configs, Optimizer};
 use crate::{Fsdp, Result, StateDictType};
 
 /// Hyperparameters of [`Adam`].
@@ -42,6 +43,31 @@ impl AdamConfig {
     pub fn adamw(lr: f64) -> Self {
         Self { lr, weight_decay: 1e-2, decoupled_weight_decay: true, ..Self::default() }
     }
+
+    /// As an entry of torch's `param_groups`.
+    fn state_dict(&self) -> StateDict<'static> {
+        let betas = vec![Value::Float(self.beta1), Value::Float(self.beta2)];
+        StateDict::from_iter([
+            ("lr", Value::Float(self.lr)),
+            ("betas", Value::List(betas)),
+            ("eps", Value::Float(self.eps)),
+            ("weight_decay", Value::Float(self.weight_decay)),
+            ("decoupled_weight_decay", Value::Bool(self.decoupled_weight_decay)),
+        ])
+    }
+
+    fn load(&mut self, group: &StateDict<'_>) {
+        self.lr = number(group, "lr").unwrap_or(self.lr);
+        self.eps = number(group, "eps").unwrap_or(self.eps);
+        self.weight_decay = number(group, "weight_decay").unwrap_or(self.weight_decay);
+        let decoupled = truth(group, "decoupled_weight_decay");
+        self.decoupled_weight_decay = decoupled.unwrap_or(self.decoupled_weight_decay);
+        if let Some(Value::List(betas)) = group.get("betas")
+            && let [Value::Float(beta1), Value::Float(beta2)] = betas.as_slice()
+        {
+            (self.beta1, self.beta2) = (*beta1, *beta2);
+        }
+    }
 }
 
 /// Adam, or AdamW.
@@ -50,7 +76,7 @@ impl AdamConfig {
 /// `torch.optim.Adam` (`_single_tensor_adam`), without amsgrad.
 #[derive(Debug)]
 pub struct Adam {
-    config: AdamConfig,
+    configs: Configs<AdamConfig>,
     moments: Moments<2>,
 }
 
@@ -60,16 +86,24 @@ impl Adam {
     /// An optimizer for the shards of `fsdp`.
     ///
     /// # Errors
-    /// The state could not be allocated.
+    /// None today.
     pub fn new(fsdp: &Fsdp, config: AdamConfig) -> Result<Self> {
-        Ok(Self { config, moments: Moments::new(fsdp) })
+        Self::with_groups(fsdp, config, Vec::new())
+    }
+
+    /// As [`Adam::new`], with other hyperparameters for some parameters, such as no weight decay for biases.
+    ///
+    /// # Errors
+    /// None today.
+    pub fn with_groups(fsdp: &Fsdp, config: AdamConfig, groups: Vec<ParamGroup<AdamConfig>>) -> Result<Self> {
+        Ok(Self { moments: Moments::new(fsdp, &groups), configs: Configs::new(config, &groups) })
     }
 }
 
 impl Optimizer for Adam {
     fn step(&mut self, fsdp: &Fsdp) -> Result<()> {
-        let config = self.config;
-        let factors = |step| Scalars::new(&config, step);
+        let configs = &self.configs;
+        let factors = |step, group| Scalars::new(configs.get(group), step);
         self.moments.update(fsdp, factors, |scalars, param, gradient, [exp_avg, exp_avg_sq]| {
             let state = exp_avg.iter_mut().zip(exp_avg_sq);
             for ((param, gradient), (avg, avg_sq)) in param.iter_mut().zip(gradient).zip(state) {
@@ -79,33 +113,21 @@ impl Optimizer for Adam {
     }
 
     fn state_dict(&self, fsdp: &Fsdp, kind: StateDictType) -> Result<StateDict<'static>> {
-        let AdamConfig { lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay } = self.config;
-        let group = StateDict::from_iter([
-            ("lr", Value::Float(lr)),
-            ("betas", Value::List(vec![Value::Float(beta1), Value::Float(beta2)])),
-            ("eps", Value::Float(eps)),
-            ("weight_decay", Value::Float(weight_decay)),
-            ("decoupled_weight_decay", Value::Bool(decoupled_weight_decay)),
-        ]);
-        self.moments.state_dict(fsdp, kind, STATE, group)
+        self.moments.state_dict(fsdp, kind, STATE, self.configs.iter().map(AdamConfig::state_dict))
     }
 
     fn load_state_dict(&mut self, fsdp: &Fsdp, saved: &StateDict<'_>) -> Result<()> {
-        self.moments.load_state_dict(fsdp, saved, STATE)?;
-        let config = &mut self.config;
-        config.lr = state::hyperparameter(saved, "lr").unwrap_or(config.lr);
-        config.eps = state::hyperparameter(saved, "eps").unwrap_or(config.eps);
-        config.weight_decay = state::hyperparameter(saved, "weight_decay").unwrap_or(config.weight_decay);
-        if let Some(Value::List(betas)) = state::param_group(saved).and_then(|group| group.get("betas"))
-            && let [Value::Float(beta1), Value::Float(beta2)] = betas.as_slice()
-        {
-            (config.beta1, config.beta2) = (*beta1, *beta2);
-        }
+        self.moments.load_state_dict(fsdp, saved, STATE, true)?;
+        self.configs.update(|nth, config| {
+            if let Some(group) = param_group(saved, nth) {
+                config.load(group);
+            }
+        });
         Ok(())
     }
 
     fn set_lr(&mut self, lr: f64) {
-        self.config.lr = lr;
+        self.configs.update(|_, config| config.lr = lr);
     }
 }
 

@@ -2,8 +2,9 @@
 
 use sconce_dtensor::{StateDict, Value};
 
-use super::Optimizer;
-use super::state::{self, Moments};
+use super::groups::ParamGroup;
+use super::state::{Moments, number, param_group, truth};
+use super::{Configs, Optimizer};
 use crate::{Fsdp, Result, StateDictType};
 
 /// Hyperparameters of [`Sgd`].
@@ -13,79 +14,158 @@ pub struct SgdConfig {
     pub lr: f64,
     /// Factor of the running gradient; 0 keeps none.
     pub momentum: f64,
+    /// How much of a new gradient the running one leaves out.
+    pub dampening: f64,
     /// L2 penalty.
     pub weight_decay: f64,
+    /// Nesterov's momentum.
+    pub nesterov: bool,
 }
 
 impl Default for SgdConfig {
     fn default() -> Self {
-        Self { lr: 1e-3, momentum: 0.0, weight_decay: 0.0 }
+        Self { lr: 1e-3, momentum: 0.0, dampening: 0.0, weight_decay: 0.0, nesterov: false }
     }
 }
 
 /// Stochastic gradient descent.
 ///
 /// # Source
-/// `torch.optim.SGD` (`_single_tensor_sgd`), without dampening and Nesterov.
+/// `torch.optim.SGD` (`_single_tensor_sgd`).
 #[derive(Debug)]
 pub struct Sgd {
-    config: SgdConfig,
-    moments: Moments<1>,
+    configs: Configs<SgdConfig>,
+    state: State,
 }
 
-const STATE: [&str; 1] = ["momentum_buffer"];
+/// Without momentum there is no buffer.
+#[derive(Debug)]
+enum State {
+    Plain(Moments<0>),
+    Momentum(Moments<1>),
+}
 
 impl Sgd {
     /// An optimizer for the shards of `fsdp`.
     ///
     /// # Errors
-    /// The state could not be allocated.
+    /// None today.
     pub fn new(fsdp: &Fsdp, config: SgdConfig) -> Result<Self> {
-        Ok(Self { config, moments: Moments::new(fsdp) })
+        Self::with_groups(fsdp, config, Vec::new())
+    }
+
+    /// As [`Sgd::new`], with other hyperparameters for some parameters.
+    ///
+    /// # Errors
+    /// None today.
+    pub fn with_groups(fsdp: &Fsdp, config: SgdConfig, groups: Vec<ParamGroup<SgdConfig>>) -> Result<Self> {
+        let has_momentum = config.momentum != 0.0 || groups.iter().any(|g| g.config.momentum != 0.0);
+        let state = if has_momentum {
+            State::Momentum(Moments::new(fsdp, &groups))
+        } else {
+            State::Plain(Moments::new(fsdp, &groups))
+        };
+        Ok(Self { configs: Configs::new(config, &groups), state })
     }
 }
 
 impl Optimizer for Sgd {
     fn step(&mut self, fsdp: &Fsdp) -> Result<()> {
-        let SgdConfig { lr, momentum, weight_decay } = self.config;
-        self.moments.update(
-            fsdp,
-            |step| step == 1,
-            |is_first, param, gradient, [buffer]| {
-                for ((param, gradient), buffer) in param.iter_mut().zip(gradient).zip(buffer) {
-                    let mut gradient = *gradient;
-                    if weight_decay != 0.0 {
-                        gradient += weight_decay as f32 * *param;
-                    }
-                    if momentum != 0.0 {
-                        *buffer = if *is_first { gradient } else { momentum as f32 * *buffer + gradient };
-                        gradient = *buffer;
-                    }
-                    *param -= lr as f32 * gradient;
+        let configs = &self.configs;
+        let factors = |step, group| Factors::new(configs.get(group), step);
+        match &mut self.state {
+            State::Plain(moments) => moments.update(fsdp, factors, |factors, param, gradient, []| {
+                for (param, gradient) in param.iter_mut().zip(gradient) {
+                    *param -= factors.lr * factors.decayed(*gradient, *param);
                 }
-            },
-        )
+            }),
+            State::Momentum(moments) => {
+                moments.update(fsdp, factors, |factors, param, gradient, [buffer]| {
+                    for ((param, gradient), buffer) in param.iter_mut().zip(gradient).zip(buffer) {
+                        let gradient = factors.decayed(*gradient, *param);
+                        *param -= factors.lr * factors.with_momentum(gradient, buffer);
+                    }
+                })
+            }
+        }
     }
 
     fn state_dict(&self, fsdp: &Fsdp, kind: StateDictType) -> Result<StateDict<'static>> {
-        let group = StateDict::from_iter([
-            ("lr", Value::Float(self.config.lr)),
-            ("momentum", Value::Float(self.config.momentum)),
-            ("weight_decay", Value::Float(self.config.weight_decay)),
-        ]);
-        self.moments.state_dict(fsdp, kind, STATE, group)
+        let groups = self.configs.iter().map(|config| {
+            StateDict::from_iter([
+                ("lr", Value::Float(config.lr)),
+                ("momentum", Value::Float(config.momentum)),
+                ("dampening", Value::Float(config.dampening)),
+                ("weight_decay", Value::Float(config.weight_decay)),
+                ("nesterov", Value::Bool(config.nesterov)),
+            ])
+        });
+        match &self.state {
+            State::Plain(moments) => moments.state_dict(fsdp, kind, [], groups),
+            State::Momentum(moments) => moments.state_dict(fsdp, kind, ["momentum_buffer"], groups),
+        }
     }
 
     fn load_state_dict(&mut self, fsdp: &Fsdp, saved: &StateDict<'_>) -> Result<()> {
-        self.moments.load_state_dict(fsdp, saved, STATE)?;
-        self.config.lr = state::hyperparameter(saved, "lr").unwrap_or(self.config.lr);
-        self.config.momentum = state::hyperparameter(saved, "momentum").unwrap_or(self.config.momentum);
-        let decay = state::hyperparameter(saved, "weight_decay");
-        self.config.weight_decay = decay.unwrap_or(self.config.weight_decay);
+        match &mut self.state {
+            State::Plain(moments) => moments.load_state_dict(fsdp, saved, [], false)?,
+            State::Momentum(moments) => {
+                moments.load_state_dict(fsdp, saved, ["momentum_buffer"], false)?;
+                // torch saves no step: a buffer that was saved has been filled.
+                moments.at_least_one_step();
+            }
+        }
+        self.configs.update(|nth, config| {
+            let Some(group) = param_group(saved, nth) else { return };
+            config.lr = number(group, "lr").unwrap_or(config.lr);
+            config.momentum = number(group, "momentum").unwrap_or(config.momentum);
+            config.dampening = number(group, "dampening").unwrap_or(config.dampening);
+            config.weight_decay = number(group, "weight_decay").unwrap_or(config.weight_decay);
+            config.nesterov = truth(group, "nesterov").unwrap_or(config.nesterov);
+        });
         Ok(())
     }
 
     fn set_lr(&mut self, lr: f64) {
-        self.config.lr = lr;
+        self.configs.update(|_, config| config.lr = lr);
+    }
+}
+
+/// The factors of one step; computed in f64 and applied in f32, as torch does.
+struct Factors {
+    lr: f32,
+    momentum: f32,
+    one_minus_dampening: f32,
+    weight_decay: f32,
+    nesterov: bool,
+    is_first: bool,
+}
+
+impl Factors {
+    fn new(config: &SgdConfig, step: u64) -> Self {
+        Self {
+            lr: config.lr as f32,
+            momentum: config.momentum as f32,
+            one_minus_dampening: (1.0 - config.dampening) as f32,
+            weight_decay: config.weight_decay as f32,
+            nesterov: config.nesterov,
+            is_first: step == 1,
+        }
+    }
+
+    fn decayed(&self, gradient: f32, param: f32) -> f32 {
+        if self.weight_decay == 0.0 { gradient } else { gradient + self.weight_decay * param }
+    }
+
+    fn with_momentum(&self, gradient: f32, buffer: &mut f32) -> f32 {
+        if self.momentum == 0.0 {
+            return gradient;
+        }
+        *buffer = if self.is_first {
+            gradient
+        } else {
+            self.momentum * *buffer + self.one_minus_dampening * gradient
+        };
+        if self.nesterov { gradient + self.momentum * *buffer } else { *buffer }
     }
 }

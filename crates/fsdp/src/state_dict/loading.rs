@@ -2,129 +2,212 @@
 
 use std::collections::HashSet;
 
-use sconce_dtensor::{DType, ExchangePlan, LocalTensor, Move, TensorBox, Value, exchange};
+use sconce_dtensor::{
+    DType, ExchangePlan, FlatTensor, LocalTensor, Move, TensorBox, TensorBuf, Value, exchange,
+};
+use sconce_mesh::Rank;
 
-use super::piece;
-use crate::shard::Shard;
-use crate::shard_piece::ShardPiece;
+use super::ShardView;
+use super::wire::{decode, encode};
 use crate::{Error, Fsdp, Result};
+
+/// Names that a state dict and a model did not share.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct LoadReport {
+    /// Names that the model has and no rank's state dict has; their values stay.
+    pub missing: Vec<String>,
+    /// Names that this rank's state dict has and the model lacks.
+    pub unexpected: Vec<String>,
+}
 
 /// A load in the making: first everything is looked up and compared, then all ranks agree, then values move.
 pub(crate) struct Loading<'f, 's> {
     fsdp: &'f Fsdp,
+    strict: bool,
     items: Vec<Item<'s>>,
-    missing: Vec<String>,
     unexpected: Vec<String>,
     mismatch: Option<Error>,
 }
 
-/// One value on its way into the shards.
+/// One value on its way.
 struct Item<'s> {
-    /// Position of the parameter: unit, index in the unit.
-    unit: usize,
-    index: usize,
-    src: &'s (dyn LocalTensor + 's),
-    dst: ShardPiece,
+    fqn: String,
+    src: Source<'s>,
+    dst: Box<dyn LocalTensor>,
+    wants: Wants,
+}
+
+/// What this rank's state dict has of a value.
+enum Source<'s> {
+    Lent(&'s (dyn LocalTensor + 's)),
+    /// Nothing: other ranks may have it.
+    Absent(TensorBuf),
+}
+
+/// Which boxes each rank wants.
+enum Wants {
+    /// What its shard holds of parameter `index` of `unit`.
+    Shard {
+        unit: usize,
+        index: usize,
+    },
+    Whole(Vec<usize>),
 }
 
 impl<'f, 's> Loading<'f, 's> {
-    pub(crate) fn new(fsdp: &'f Fsdp) -> Self {
-        Self { fsdp, items: vec![], missing: vec![], unexpected: vec![], mismatch: None }
+    pub(crate) fn new(fsdp: &'f Fsdp, strict: bool) -> Self {
+        Self { fsdp, strict, items: vec![], unexpected: vec![], mismatch: None }
     }
 
     /// Looks up a value for every parameter; `suffix` names what is looked up below it, for errors.
     pub(crate) fn add<'a: 's>(
         &mut self,
-        shards: &[&Shard],
+        views: &[ShardView<'_>],
         suffix: &str,
         find: impl Fn(&str) -> Option<&'s Value<'a>>,
-    ) {
-        for (nth, (unit, shard)) in self.fsdp.units.iter().zip(shards).enumerate() {
-            for (index, param) in unit.flat.params().iter().enumerate() {
+    ) -> Result<()> {
+        for (unit, view) in views.iter().enumerate() {
+            for (index, param) in view.params.iter().enumerate() {
                 let fqn =
                     if suffix.is_empty() { param.fqn.clone() } else { format!("{}.{suffix}", param.fqn) };
-                match find(&param.fqn) {
-                    None => self.missing.push(fqn),
-                    Some(value) => match loadable(fqn, &param.shape, value) {
-                        Ok(src) => {
-                            let dst = piece(unit, shard, index);
-                            self.items.push(Item { unit: nth, index, src, dst });
-                        }
-                        Err(error) => {
-                            self.mismatch.get_or_insert(error);
-                        }
-                    },
-                }
+                let wants = Wants::Shard { unit, index };
+                self.add_item(fqn, find(&param.fqn), Box::new(view.piece(index)), wants)?;
             }
         }
+        Ok(())
     }
 
-    /// Notes the names that are no parameter.
-    pub(crate) fn refuse_unexpected<'k>(&mut self, names: impl Iterator<Item = &'k str>) {
+    /// Looks up a value for every tensor that is kept whole.
+    pub(crate) fn add_kept<'a: 's>(&mut self, find: impl Fn(&str) -> Option<&'s Value<'a>>) -> Result<()> {
+        for (fqn, var) in self.fsdp.kept_whole() {
+            let dst = Box::new(FlatTensor::whole(var.as_tensor())?);
+            let wants = Wants::Whole(var.dims().to_vec());
+            self.add_item(fqn.to_owned(), find(fqn), dst, wants)?;
+        }
+        Ok(())
+    }
+
+    fn add_item<'a: 's>(
+        &mut self,
+        fqn: String,
+        found: Option<&'s Value<'a>>,
+        dst: Box<dyn LocalTensor>,
+        wants: Wants,
+    ) -> Result<()> {
+        let (dtype, shape) = (dst.dtype(), dst.global_shape());
+        let absent = || TensorBuf::from_boxes(dtype, shape, vec![], vec![]).map(Source::Absent);
+        let src = match found.map(|value| loadable(&fqn, dtype, shape, value)) {
+            None => absent()?,
+            Some(Ok(src)) => Source::Lent(src),
+            Some(Err(error)) => {
+                self.mismatch.get_or_insert(error);
+                absent()?
+            }
+        };
+        self.items.push(Item { fqn, src, dst, wants });
+        Ok(())
+    }
+
+    /// Notes the names that the model does not have.
+    pub(crate) fn note_unexpected<'k>(&mut self, names: impl Iterator<Item = &'k str>) {
         let params = self.fsdp.units.iter().flat_map(|unit| unit.flat.params());
-        let known: HashSet<&str> = params.map(|param| param.fqn.as_str()).collect();
+        let mut known: HashSet<&str> = params.map(|param| param.fqn.as_str()).collect();
+        known.extend(self.fsdp.kept_whole().map(|(fqn, _)| fqn));
         self.unexpected.extend(names.filter(|name| !known.contains(name)).map(str::to_owned));
     }
 
-    /// Moves the values if no rank refuses; `also` is what else this rank had to find out, returned on success.
-    pub(crate) fn run<T>(mut self, also: Result<T>) -> Result<T> {
-        let verdict = self.verdict().and(also);
-        let held = self.agree(&verdict)?;
-        let also = verdict?;
+    /// Moves the values if no rank refuses; `also` is what else this rank had to find out.
+    pub(crate) fn run(mut self, also: Result<()>) -> Result<LoadReport> {
+        let mut held = self.held_by_all()?;
+        let missing = self.leave_out_missing(&mut held);
+        let report = LoadReport { missing, unexpected: std::mem::take(&mut self.unexpected) };
+        let verdict = self.verdict(&report).and(also);
+        self.agree(&verdict)?;
+        verdict?;
         let plans = self.plans(&held)?;
         self.fsdp.reshard()?;
         let items = self.items.iter_mut().zip(plans);
         let mut moves: Vec<Move<'_>> =
-            items.map(|(item, plan)| Move { plan, src: item.src, dst: &mut item.dst }).collect();
+            items.map(|(item, plan)| Move { plan, src: item.src.tensor(), dst: item.dst.as_mut() }).collect();
         exchange(&self.fsdp.groups.mesh, &mut moves)?;
-        Ok(also)
+        Ok(report)
     }
 
-    fn verdict(&mut self) -> Result<()> {
-        if !self.missing.is_empty() || !self.unexpected.is_empty() {
-            let (missing, unexpected) = (self.missing.clone(), self.unexpected.clone());
+    fn verdict(&mut self, LoadReport { missing, unexpected }: &LoadReport) -> Result<()> {
+        if self.strict && !(missing.is_empty() && unexpected.is_empty()) {
+            let (missing, unexpected) = (missing.clone(), unexpected.clone());
             return Err(Error::KeyMismatch { missing, unexpected });
         }
         self.mismatch.take().map_or(Ok(()), Err)
     }
 
-    /// Tells all ranks this one's verdict and boxes; returns the boxes of every rank by item, unless a rank refused.
-    fn agree<T>(&self, verdict: &Result<T>) -> Result<Vec<Vec<Vec<TensorBox>>>> {
-        let group = &self.fsdp.groups.mesh;
-        let mine = match verdict {
-            Ok(_) => encode(self.items.iter().map(|item| item.src.local_boxes())),
-            Err(_) => Vec::new(),
-        };
-        let all = group.all_gather_object(&mine)?;
-        if verdict.is_err() {
-            // The caller returns this rank's own error.
-            return Ok(Vec::new());
-        }
-        let refused = group.ranks().iter().zip(&all).filter(|(_, bytes)| bytes.is_empty());
-        let ranks: Vec<_> = refused.map(|(rank, _)| *rank).collect();
-        if !ranks.is_empty() {
-            return Err(Error::RefusedElsewhere { ranks });
-        }
-        let ndims: Vec<usize> = self.items.iter().map(|item| item.src.global_shape().len()).collect();
+    /// The boxes that every rank's state dict has, by rank and item; `None` where it has no such name.
+    fn held_by_all(&self) -> Result<Vec<Vec<Option<Vec<TensorBox>>>>> {
+        let mine = encode(self.items.iter().map(|item| match &item.src {
+            Source::Lent(tensor) => Some(tensor.local_boxes()),
+            Source::Absent(_) => None,
+        }));
+        let all = self.fsdp.groups.mesh.all_gather_object(&mine)?;
+        let ndims: Vec<usize> = self.items.iter().map(|item| item.dst.global_shape().len()).collect();
         Ok(all.iter().map(|bytes| decode(bytes, &ndims)).collect())
     }
 
+    /// Drops the items that no rank has, and returns their names.
+    fn leave_out_missing(&mut self, held: &mut [Vec<Option<Vec<TensorBox>>>]) -> Vec<String> {
+        let n_items = self.items.len();
+        let found: Vec<bool> = (0..n_items).map(|nth| held.iter().any(|of| of[nth].is_some())).collect();
+        for of_rank in held {
+            let mut keep = found.iter();
+            of_rank.retain(|_| *keep.next().unwrap_or(&true));
+        }
+        let mut missing = Vec::new();
+        let items = std::mem::take(&mut self.items).into_iter().zip(found);
+        for (item, found) in items {
+            if found { self.items.push(item) } else { missing.push(item.fqn) }
+        }
+        missing
+    }
+
+    /// Tells all ranks this one's verdict; an error if another refused and this one did not.
+    fn agree(&self, verdict: &Result<()>) -> Result<()> {
+        let group = &self.fsdp.groups.mesh;
+        let all = group.all_gather_object(&[u8::from(verdict.is_err())])?;
+        let refused = group.ranks().iter().zip(&all).filter(|(_, refused)| refused[..] == [1]);
+        let ranks: Vec<Rank> = refused.map(|(rank, _)| *rank).collect();
+        // A rank that refused returns its own error.
+        if ranks.is_empty() || verdict.is_err() { Ok(()) } else { Err(Error::RefusedElsewhere { ranks }) }
+    }
+
     /// The exchange of every item, over the whole mesh: replicas may hold different parts.
-    fn plans(&self, held: &[Vec<Vec<TensorBox>>]) -> Result<Vec<ExchangePlan>> {
+    fn plans(&self, held: &[Vec<Option<Vec<TensorBox>>>]) -> Result<Vec<ExchangePlan>> {
         let group = &self.fsdp.groups.mesh;
         let shards: Vec<usize> = group.ranks().iter().map(|rank| shard_index(self.fsdp, *rank)).collect();
         let plan = |(nth, item): (usize, &Item<'_>)| {
-            let held: Vec<_> = held.iter().map(|of_rank| of_rank[nth].clone()).collect();
-            let flat = &self.fsdp.units[item.unit].flat;
-            let wanted: Vec<_> = shards.iter().map(|shard| flat.boxes(item.index, *shard)).collect();
+            let held: Vec<_> = held.iter().map(|of_rank| of_rank[nth].clone().unwrap_or_default()).collect();
+            let wanted: Vec<_> = match &item.wants {
+                Wants::Whole(shape) => vec![vec![TensorBox::whole(shape)]; shards.len()],
+                Wants::Shard { unit, index } => {
+                    let flat = &self.fsdp.units[*unit].flat;
+                    shards.iter().map(|shard| flat.boxes(*index, *shard)).collect()
+                }
+            };
             Ok(ExchangePlan::new(group.group_rank().0, &held, &wanted, &|_, _| true)?)
         };
         self.items.iter().enumerate().map(plan).collect()
     }
 }
 
+impl Source<'_> {
+    fn tensor(&self) -> &dyn LocalTensor {
+        match self {
+            Self::Lent(tensor) => *tensor,
+            Self::Absent(nothing) => nothing,
+        }
+    }
+}
+
 /// Which shard a rank of the mesh holds.
-fn shard_index(fsdp: &Fsdp, rank: sconce_mesh::Rank) -> usize {
+fn shard_index(fsdp: &Fsdp, rank: Rank) -> usize {
     if fsdp.groups.shard.size() == 1 {
         return 0;
     }
@@ -132,57 +215,17 @@ fn shard_index(fsdp: &Fsdp, rank: sconce_mesh::Rank) -> usize {
 }
 
 fn loadable<'s, 'a: 's>(
-    fqn: String,
+    fqn: &str,
+    dtype: DType,
     shape: &[usize],
     value: &'s Value<'a>,
 ) -> Result<&'s (dyn LocalTensor + 's)> {
-    let expected = format!("f32 {shape:?}");
-    match value {
-        Value::Tensor(tensor) if tensor.dtype() == DType::F32 && tensor.global_shape() == shape => {
-            Ok(tensor.as_ref())
+    let got = match value {
+        Value::Tensor(tensor) if tensor.dtype() == dtype && tensor.global_shape() == shape => {
+            return Ok(tensor.as_ref());
         }
-        Value::Tensor(tensor) => {
-            let got = format!("{} {:?}", tensor.dtype(), tensor.global_shape());
-            Err(Error::ValueMismatch { fqn, expected, got })
-        }
-        other => Err(Error::ValueMismatch { fqn, expected, got: format!("{other:?}") }),
-    }
-}
-
-/// Boxes as little-endian words: for each item the count, then offsets and sizes. Never empty: a leading 1.
-fn encode<'b>(items: impl Iterator<Item = &'b [TensorBox]>) -> Vec<u8> {
-    let mut words = vec![1u64];
-    for boxes in items {
-        words.push(boxes.len() as u64);
-        for part in boxes {
-            words.extend(part.offsets.iter().chain(&part.sizes).map(|n| *n as u64));
-        }
-    }
-    words.iter().flat_map(|word| word.to_le_bytes()).collect()
-}
-
-fn decode(bytes: &[u8], ndims: &[usize]) -> Vec<Vec<TensorBox>> {
-    let mut words = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word) as usize).skip(1);
-    let mut next = |n: usize| words.by_ref().take(n).collect::<Vec<usize>>();
-    let mut boxes_of = |ndim: &usize| {
-        let count = next(1).first().copied().unwrap_or(0);
-        (0..count).map(|_| TensorBox { offsets: next(*ndim), sizes: next(*ndim) }).collect()
+        Value::Tensor(tensor) => format!("{} {:?}", tensor.dtype(), tensor.global_shape()),
+        other => format!("{other:?}"),
     };
-    ndims.iter().map(&mut boxes_of).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn boxes_survive_the_wire() {
-        let boxes = [
-            vec![TensorBox { offsets: vec![1, 2], sizes: vec![3, 4] }, TensorBox::whole(&[5, 6])],
-            vec![],
-            vec![TensorBox::whole(&[])],
-        ];
-        let bytes = encode(boxes.iter().map(Vec::as_slice));
-        assert_eq!(decode(&bytes, &[2, 2, 0]), boxes);
-    }
+    Err(Error::ValueMismatch { fqn: fqn.to_owned(), expected: format!("{dtype} {shape:?}"), got })
 }

@@ -43,7 +43,7 @@ pub(crate) struct Sharded {
 
 impl Sharded {
     pub(crate) fn new(kind: Kind, mesh: &DeviceMesh, strategy: ShardingStrategy, seed: u64) -> Self {
-        let config = FsdpConfig { strategy, units: vec![], seed };
+        let config = FsdpConfig { strategy, seed, ..FsdpConfig::default() };
         let builder = FsdpBuilder::new(mesh, config).unwrap();
         let model: Box<dyn Module> = match kind {
             Kind::Even => Box::new(SimpleModel::new(builder.var_builder()).unwrap()),
