@@ -18,6 +18,7 @@ use candle_core::{
 };
 
 use crate::Error;
+use crate::port::ParamPort;
 use crate::unit::Unit;
 
 /// The place of a name in the tree of names: what the ops know of the unit of that name, which is built after them.
@@ -80,13 +81,22 @@ impl ParamSlot {
 
     /// Adds `gradient` to the parameter's gradient of this backward.
     pub(crate) fn add_gradient(&self, gradient: &Tensor) -> candle_core::Result<()> {
-        let (unit, index) = match self.place.get() {
-            None => return Err(candle_core::Error::wrap(Error::NotBuilt { unit: self.fqn.clone() })),
-            Some((unit, index)) => (unit.upgrade(), *index),
+        let (unit, index) = self.place()?;
+        unit.add_gradient(index, gradient).map_err(|error| unit.pass.failure.keep(error))
+    }
+
+    /// Whether nobody wants the parameter's gradient.
+    pub(crate) fn is_frozen(&self) -> candle_core::Result<bool> {
+        let (unit, index) = self.place()?;
+        Ok(unit.flat.params()[index].frozen)
+    }
+
+    fn place(&self) -> candle_core::Result<(Arc<Unit>, usize)> {
+        let Some((unit, index)) = self.place.get() else {
+            return Err(candle_core::Error::wrap(Error::NotBuilt { unit: self.fqn.clone() }));
         };
         let dropped = || candle_core::Error::wrap(Error::Dropped { unit: self.fqn.clone() });
-        let unit = unit.ok_or_else(dropped)?;
-        unit.add_gradient(index, gradient).map_err(|error| unit.pass.failure.keep(error))
+        Ok((unit.upgrade().ok_or_else(dropped)?, *index))
     }
 }
 
@@ -125,7 +135,9 @@ pub(crate) fn parameter_cell(
     shape: Shape,
     dtype: DType,
 ) -> candle_core::Result<Tensor> {
-    let cell = token.apply_op1(ParamGrad { slot: slot.clone(), shape, dtype })?;
+    let port = ParamPort::new(slot, token);
+    let cell = token.apply_op1(ParamGrad { port: port.clone(), shape, dtype })?;
+    port.register(&cell);
     swap_storage(&cell, freed())?;
     Ok(cell)
 }
@@ -175,7 +187,7 @@ impl CustomOp1 for Done {
 }
 
 struct ParamGrad {
-    slot: Arc<ParamSlot>,
+    port: Arc<ParamPort>,
     shape: Shape,
     dtype: DType,
 }
@@ -196,7 +208,7 @@ impl CustomOp1 for ParamGrad {
     }
 
     fn bwd(&self, token: &Tensor, _cell: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        self.slot.add_gradient(grad)?;
+        self.port.add_gradient(grad)?;
         Ok(Some(token.zeros_like()?))
     }
 }
