@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
+use std::io::Read as _;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -9,6 +10,7 @@ use indexmap::IndexMap;
 use sconce_dtensor::{Fqn, LocalTensor, StateDict};
 
 use super::file::BlockWriter;
+use super::local_file::open_regular;
 use super::{Access, DataFile, LocalFile, StorageReader, StorageWriter, commit};
 use crate::format::{MANIFEST_NAME, manifest, shard};
 use crate::metadata::{FileMetadata, Metadata};
@@ -90,7 +92,7 @@ impl StorageReader for FileSystemReader {
     /// `Missing`, `NotACheckpoint`, `Version`, `Corrupt`, `Io`.
     fn read_metadata(&self) -> Result<Metadata> {
         let file = self.path.join(MANIFEST_NAME);
-        match std::fs::read(&file) {
+        match read_regular(&file) {
             Ok(bytes) => manifest::decode(&file, &bytes),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && !self.path.exists() => {
                 Err(Error::Missing { path: self.path.clone() })
@@ -115,6 +117,13 @@ impl StorageReader for FileSystemReader {
     fn path(&self) -> &Path {
         &self.path
     }
+}
+
+fn read_regular(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut file = open_regular(path)?;
+    let mut bytes = Vec::with_capacity(usize::try_from(file.metadata()?.len()).unwrap_or(0));
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Positions of the items of each file: the k-th box of a tensor goes to the k-th file.

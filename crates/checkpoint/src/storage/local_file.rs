@@ -1,7 +1,7 @@
 //! A data file of the local file system being read: its length checked, its bytes lent in pieces.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::DataFile;
@@ -48,7 +48,7 @@ impl LocalFile {
     pub fn open(path: impl Into<PathBuf>, len_bytes: u64, access: Access) -> Result<Self> {
         let path = path.into();
         let io = |op: &str, error: &std::io::Error| Error::io(op, &path, error);
-        let file = File::open(&path).map_err(|e| io("open", &e))?;
+        let file = open_regular(&path).map_err(|e| io("open", &e))?;
         let got = file.metadata().map_err(|e| io("stat", &e))?.len();
         if got != len_bytes {
             return Err(Error::Length { path, expected: len_bytes, got });
@@ -56,6 +56,16 @@ impl LocalFile {
         let bytes = access.open(file).map_err(|e| io("map", &e))?;
         Ok(Self { path, bytes })
     }
+}
+
+/// Opens a file of which nothing is believed: one that is not regular is an error. A pipe would keep us waiting for a writer.
+pub(super) fn open_regular(path: &Path) -> std::io::Result<File> {
+    let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    if file.metadata()?.is_file() {
+        return Ok(file);
+    }
+    Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file"))
 }
 
 impl DataFile for LocalFile {

@@ -22,11 +22,14 @@ use rustix::io::Errno;
 use super::fds::{receive_fds, send_fds};
 use super::liveness::Watch;
 use super::system;
-use crate::token::{TOKEN_LEN, random_hex};
+use crate::token::{TOKEN_LEN, random_hex, same};
 use crate::{Error, Rank};
 
 const HELLO_LEN: usize = TOKEN_LEN + 4;
 const SLICE: Duration = Duration::from_millis(20);
+/// How long a connection may take to say hello. Members do so at once; a process that only connects must not keep them
+/// waiting behind it.
+const HELLO: Duration = Duration::from_secs(2);
 /// Pause between two looks whether a door is open.
 const RETRY: Duration = Duration::from_millis(1);
 
@@ -142,17 +145,28 @@ impl Offer {
         if peer.map(|peer| peer.uid) != Ok(rustix::process::geteuid()) {
             return Ok(None);
         }
+        let hello_end = Instant::now() + HELLO;
+        let deadline = patience.deadline.map_or(hello_end, |deadline| deadline.min(hello_end));
+        let patience = Patience { deadline: Some(deadline), ..*patience };
         let (mut hello, mut filled, mut fds) = ([0; HELLO_LEN], 0, Vec::new());
         while filled < HELLO_LEN {
-            patience.readable(&stream)?;
+            match patience.readable(&stream) {
+                // The caller has its own look at the deadline.
+                Err(Stop::Deadline) => return Ok(None),
+                ready => ready?,
+            }
             match receive_fds(&stream, &mut hello[filled..], &mut fds) {
                 Ok(0) | Err(_) => return Ok(None),
                 Ok(len) => filled += len,
             }
+            // A member gives one at most.
+            if fds.len() > 1 {
+                return Ok(None);
+            }
         }
         let (token, rank) = hello.split_at(TOKEN_LEN);
         let group_rank = rank.iter().rev().fold(0, |rank, byte| rank << 8 | usize::from(*byte));
-        Ok((token == self.token.as_bytes()).then_some(Guest { group_rank, fds, stream }))
+        Ok(same(token, self.token.as_bytes()).then_some(Guest { group_rank, fds, stream }))
     }
 }
 
@@ -257,6 +271,26 @@ mod tests {
             guests.sort();
             assert_eq!(guests, [(1, 1), (2, 0)]);
         });
+    }
+
+    #[test]
+    fn who_only_connects_does_not_keep_members_waiting_for_long() {
+        let offer = Offer::open().unwrap();
+        let address = offer.address();
+        let name = SocketAddr::from_abstract_name(&offer.name).unwrap();
+        let silent = UnixStream::connect_addr(&name).unwrap();
+        std::thread::scope(|scope| {
+            let leader = scope.spawn(|| {
+                let (started, mut guests) = (Instant::now(), Vec::new());
+                assert!(offer.admit(2, &patience(), &mut guests).is_ok());
+                started.elapsed()
+            });
+            let own: [OwnedFd; 0] = [];
+            // The leader gives nothing; its end closes the connection.
+            assert!(matches!(fetch(&address, 1, &own, 1, &patience()), Err(Stop::Closed)));
+            assert!(leader.join().unwrap() < 5 * HELLO);
+        });
+        drop(silent);
     }
 
     #[test]

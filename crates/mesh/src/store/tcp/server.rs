@@ -1,4 +1,8 @@
 //! The server of the TCP store: one thread, one task a client.
+//!
+//! Who has not proved the token yet is a [`Stranger`](strangers::Stranger): few at a time, of few bytes, not for long.
+
+mod strangers;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -15,7 +19,9 @@ use tokio::time::timeout;
 
 use super::wire::{DONE, MAX_FRAME, MAX_TOKEN, Op, REFUSED, Request, TIMED_OUT, encode_keys, frame};
 use crate::store::entries::{add, compare_set, list};
+use crate::token::same;
 use crate::{Error, Result};
+use strangers::{Stranger, Strangers};
 
 /// How long a client may take to prove the token.
 const HANDSHAKE: Duration = Duration::from_secs(5);
@@ -38,6 +44,7 @@ struct Shared {
     entries: RefCell<HashMap<String, Vec<u8>>>,
     /// Who waits for a key. One for all keys would wake ten thousand waiting clients for each that arrives.
     waiting: RefCell<HashMap<String, Rc<Notify>>>,
+    strangers: Strangers,
 }
 
 impl TcpStoreServer {
@@ -101,20 +108,29 @@ async fn accept(listener: TcpListener, shared: Rc<Shared>) {
     let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
     loop {
         match listener.accept().await {
-            Ok((client, _)) => drop(tokio::task::spawn_local(serve(client, shared.clone()))),
-            // Out of descriptors: those in use must close first.
-            Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            Ok((client, _)) => {
+                let nth = shared.strangers.next();
+                let task = tokio::task::spawn_local(serve(client, shared.clone(), nth));
+                shared.strangers.admit(nth, task.abort_handle());
+            }
+            // Out of descriptors: some in use must close first, and a stranger's is the least loss.
+            Err(_) => {
+                shared.strangers.turn_out_the_oldest();
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
         }
     }
 }
 
 /// One client until it closes, or sends what is no request.
-async fn serve(mut client: TcpStream, shared: Rc<Shared>) {
+async fn serve(mut client: TcpStream, shared: Rc<Shared>, nth: u64) {
+    let stranger = Stranger::new(&shared.strangers, nth);
     // Replies are one write each; waiting to fill a packet would only delay them.
     let _ = client.set_nodelay(true);
     if !matches!(timeout(HANDSHAKE, handshake(&mut client, &shared.token)).await, Ok(Some(()))) {
         return;
     }
+    drop(stranger);
     while let Some(body) = read_frame(&mut client, MAX_FRAME).await {
         let Some(request) = Request::decode(&body) else { return };
         let (status, bytes) = answer(&shared, request).await;
@@ -129,12 +145,6 @@ async fn handshake(client: &mut TcpStream, token: &[u8]) -> Option<()> {
     let accepted = same(&proof, token);
     client.write_all(&[u8::from(accepted)]).await.ok()?;
     accepted.then_some(())
-}
-
-/// Compares in a time that depends on the lengths only.
-fn same(proof: &[u8], token: &[u8]) -> bool {
-    let difference = proof.iter().zip(token).fold(0, |sum, (a, b)| sum | (a ^ b));
-    proof.len() == token.len() && std::hint::black_box(difference) == 0
 }
 
 async fn read_frame(client: &mut TcpStream, max: usize) -> Option<Vec<u8>> {
