@@ -6,12 +6,13 @@ use std::time::Instant;
 use crate::{root, surface, tidy};
 
 /// Feature sets that must build and lint clean: the default, none, and each alone.
-const FEATURE_SETS: [&str; 11] = [
+const FEATURE_SETS: [&str; 12] = [
     "--workspace --all-targets",
     "-p sconce-mesh --all-targets --no-default-features",
     "-p sconce-mesh --all-targets --no-default-features --features tcp-store",
     "-p sconce-mesh --all-targets --no-default-features --features launcher",
     "-p sconce-mesh --all-targets --no-default-features --features candle",
+    "-p sconce-mesh --all-targets --no-default-features --features tcp-store,test-faults",
     "-p sconce-dtensor --no-default-features",
     "-p sconce-dtensor --no-default-features --features candle",
     "-p sconce-checkpoint --all-targets --no-default-features",

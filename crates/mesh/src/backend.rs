@@ -3,6 +3,8 @@
 //! It knows bytes and dtypes, not Rust element types, and checks no arguments: `collective.rs` has done so.
 
 mod call;
+#[cfg(feature = "test-faults")]
+pub(crate) mod faulted;
 pub(crate) mod local;
 pub(crate) mod pieces;
 pub(crate) mod recorded;

@@ -22,6 +22,9 @@ mod tensor;
 mod token;
 mod work;
 
+#[cfg(feature = "test-faults")]
+#[doc(hidden)]
+pub use backend::faulted::{FaultHook, FaultSite, set_fault_hook};
 pub use device_mesh::{DeviceMesh, DeviceType};
 pub use dtype::{DType, Element};
 pub use env::RankEnv;

@@ -366,7 +366,7 @@ impl Group {
     fn new(name: String, ranks: Arc<[Rank]>, group_rank: GroupRank, backend: Box<dyn Backend>) -> Group {
         let recorder = FlightRecorder::new(name.clone(), Arc::clone(&ranks), ranks[group_rank.0]);
         let recorder = Arc::new(recorder);
-        let backend = Recorded::new(backend, Arc::clone(&recorder));
+        let backend = Recorded::new(decorated(backend, &name, ranks[group_rank.0]), Arc::clone(&recorder));
         Group { name, ranks, group_rank, backend, recorder, progress: Progress::default() }
     }
 
@@ -374,6 +374,18 @@ impl Group {
         let (name, ranks, group_rank) = (endpoint.name().into(), endpoint.ranks(), endpoint.group_rank());
         Group::new(name, ranks, group_rank, Box::new(endpoint))
     }
+}
+
+/// The backend as users get it.
+#[cfg(not(feature = "test-faults"))]
+fn decorated(backend: Box<dyn Backend>, _group: &str, _rank: Rank) -> Box<dyn Backend> {
+    backend
+}
+
+/// The backend with a hook for tests.
+#[cfg(feature = "test-faults")]
+fn decorated(backend: Box<dyn Backend>, group: &str, rank: Rank) -> Box<dyn Backend> {
+    Box::new(crate::backend::faulted::Faulted::new(backend, group, rank))
 }
 
 impl World {

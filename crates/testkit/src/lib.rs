@@ -2,11 +2,17 @@
 #![allow(clippy::expect_used, clippy::panic, reason = "a harness fails its test by panicking")]
 
 pub mod conformance;
+mod faults;
+mod faulty_group;
+mod faulty_storage;
 mod fixtures;
 mod models;
 mod procs;
 mod ranks;
 
+pub use faults::{DELAY, Fault, FaultPlan, Faults, Point, Verdict};
+pub use faulty_group::{FaultyStore, strike_collectives};
+pub use faulty_storage::{FaultyReader, FaultyTensor, FaultyWriter};
 pub use fixtures::fixture;
 pub use models::{SimpleModel, SimpleModelUneven};
 pub use procs::{RankContext, run_procs, run_procs_for_exits, test_path};
