@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::Instant;
 
-use crate::{root, surface, tidy};
+use crate::{mpi_test, root, surface, tidy};
 
 /// Feature sets that must build and lint clean: the default, none, and each alone.
 const FEATURE_SETS: [&str; 12] = [
@@ -21,12 +21,20 @@ const FEATURE_SETS: [&str; 12] = [
     "-p sconce-fsdp --all-targets",
 ];
 
+/// Those that need an MPI and libclang.
+const MPI_FEATURE_SETS: [&str; 2] = [
+    "-p sconce-mesh --all-targets --no-default-features --features mpi",
+    "-p sconce-testkit --all-targets --features mpi",
+];
+
 /// Runs everything; stops at the first failure.
 pub(crate) fn run() -> Result<(), String> {
     cargo("fmt --all --check", &[])?;
     tidy::run()?;
     surface::run()?;
-    for set in FEATURE_SETS {
+    let has_mpi = mpi_test::has_mpi();
+    let mpi_sets = if has_mpi { &MPI_FEATURE_SETS[..] } else { &[] };
+    for set in FEATURE_SETS.iter().chain(mpi_sets) {
         cargo(&format!("clippy {set} -- -D warnings"), &[])?;
     }
     cargo("doc --workspace --no-deps", &[("RUSTDOCFLAGS", "-D warnings")])?;
@@ -36,7 +44,12 @@ pub(crate) fn run() -> Result<(), String> {
     // What the workspace's features hide: crates without candle, and the launcher.
     cargo("test -p sconce-checkpoint --no-default-features", &[])?;
     cargo("test -p sconce-mesh --no-default-features --features launcher", &[])?;
-    shell(&format!("{main_job} -- --steps 6"))
+    shell(&format!("{main_job} -- --steps 6"))?;
+    if has_mpi {
+        return mpi_test::run();
+    }
+    println!("\n!!! LEFT OUT: feature `mpi`, neither built nor run: there is no `mpicc` here");
+    Ok(())
 }
 
 /// The first two commands of the README's first shell block: the main job and the tests.

@@ -5,12 +5,13 @@
 
 mod bench;
 mod check;
+mod mpi_test;
 mod surface;
 mod tidy;
 
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: cargo xtask check | tidy | surface | bench";
+const USAGE: &str = "usage: cargo xtask check | tidy | surface | mpi-test | bench";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -18,6 +19,7 @@ fn main() -> ExitCode {
     let outcome = match task.as_str() {
         "bench" => bench::run(&arguments[1..]),
         "check" => check::run(),
+        "mpi-test" => mpi_test::run(),
         "tidy" => tidy::run(),
         "surface" => surface::run(),
         _ => Err(USAGE.to_owned()),

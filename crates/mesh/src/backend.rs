@@ -5,14 +5,64 @@
 mod call;
 #[cfg(feature = "test-faults")]
 pub(crate) mod faulted;
+pub(crate) mod fingerprint;
 pub(crate) mod local;
+#[cfg(feature = "mpi")]
+pub(crate) mod mpi;
 pub(crate) mod pieces;
 pub(crate) mod recorded;
+pub(crate) mod reduce;
 pub(crate) mod solo;
 
 pub(crate) use call::{Call, CallName};
 
-use crate::{Error, GroupRank, ReduceOp, Result};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::{Error, GroupRank, Rank, ReduceOp, Result};
+
+/// What a rank must know of a group to join it.
+pub(crate) struct Membership {
+    pub(crate) group: String,
+    pub(crate) ranks: Arc<[Rank]>,
+    pub(crate) group_rank: usize,
+    pub(crate) timeout: Duration,
+}
+
+/// What a rank tells the ranks of a parent group before groups of it are made.
+pub(crate) struct Invitation {
+    pub(crate) text: String,
+    /// The door behind the text, if this rank opened one.
+    pub(crate) offer: Option<local::Offer>,
+}
+
+/// One rank's membership of a world: what makes its groups. Dropping it leaves the world.
+pub(crate) trait WorldBackend: Send + Sync {
+    /// Prepares for the group of `ranks`, if this rank gets a new one.
+    fn invite(&self, ranks: Option<&[Rank]>) -> Result<Invitation>;
+
+    /// Joins the new group, if any; `texts` are the invitations of all ranks of the parent, who all call it.
+    ///
+    /// # Errors
+    /// `Timeout`, `PeerLost`, `Backend`.
+    fn open(
+        &self,
+        group: Option<Membership>,
+        invitation: Invitation,
+        texts: &[(Rank, String)],
+    ) -> Result<Option<Box<dyn Backend>>>;
+
+    /// Opens the channel between the two ranks of `channel`, of which the first sends.
+    ///
+    /// # Errors
+    /// `Timeout` if the other rank does not come; `PeerLost`, `Backend`.
+    fn channel(&self, channel: Membership) -> Result<Box<dyn Backend>>;
+}
+
+/// The text of `rank`; empty if it is not among them.
+pub(crate) fn text_of(texts: &[(Rank, String)], rank: Rank) -> &str {
+    texts.iter().find(|(other, _)| *other == rank).map_or("", |(_, text)| text)
+}
 
 /// One rank's end of one group.
 ///

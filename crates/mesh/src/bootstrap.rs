@@ -3,36 +3,76 @@
 #[cfg(feature = "tcp-store")]
 use std::sync::Arc;
 
-#[cfg(not(feature = "tcp-store"))]
+#[cfg(not(all(feature = "tcp-store", feature = "mpi")))]
 use crate::Error;
 #[cfg(feature = "tcp-store")]
 use crate::env::{STORE_HOSTED, STORE_TOKEN};
-use crate::{GroupOptions, ProcessGroup, RankEnv, Result};
+use crate::{BackendSpec, CpuBackend, GroupOptions, ProcessGroup, RankEnv, Result};
 #[cfg(feature = "tcp-store")]
 use crate::{TcpStore, TcpStoreServer};
 
 impl ProcessGroup {
     /// Joins the world that the environment describes ([`RankEnv::from_env`]): a world of one if there is none.
     ///
-    /// The ranks meet at a store over TCP: the launcher's own, or else one that rank 0 hosts at `MASTER_ADDR` and
-    /// `MASTER_PORT`. `SCONCE_STORE_TOKEN`, if set, is the secret that they prove to it; without it anybody who can
-    /// reach the port can join, so set it where others share the machine.
+    /// `SCONCE_BACKEND` may name the backend ([`BackendSpec::from_env`]). Without MPI the ranks meet at a store over TCP:
+    /// the launcher's own, or else one that rank 0 hosts at `MASTER_ADDR` and `MASTER_PORT`. `SCONCE_STORE_TOKEN`, if
+    /// set, is the secret that they prove to it; without it anybody who can reach the port can join, so set it where
+    /// others share the machine.
     ///
     /// Ranks: collective; every rank of the world calls it.
     ///
     /// # Errors
     /// `Environment`; `Store` if the ranks do not meet within `options.timeout`; as [`ProcessGroup::new`].
-    /// `NotCompiled` for more than one rank without feature `tcp-store`.
+    /// `NotCompiled` for more than one rank without feature `tcp-store`, and for `cpu:mpi` without feature `mpi`.
     ///
     /// # Source
     /// `torch.distributed.init_process_group(init_method="env://")`.
     pub fn from_env(options: GroupOptions) -> Result<ProcessGroup> {
-        let env = RankEnv::from_env()?;
-        if env.world_size == 1 {
-            return Ok(ProcessGroup::threads(1, options)?.remove(0));
-        }
-        join(&env, options)
+        Self::from_env_with(BackendSpec::from_env()?, options)
     }
+
+    /// [`ProcessGroup::from_env`] with backends named by the program.
+    ///
+    /// Ranks: collective; every rank of the world calls it with the same backends.
+    ///
+    /// # Errors
+    /// As [`ProcessGroup::from_env`].
+    ///
+    /// # Source
+    /// `torch.distributed.init_process_group(backend=…, init_method="env://")`.
+    pub fn from_env_with(backends: BackendSpec, options: GroupOptions) -> Result<ProcessGroup> {
+        let env = RankEnv::from_env()?;
+        match backends.cpu {
+            CpuBackend::Mpi => join_mpi(&env, options),
+            CpuBackend::Local if env.world_size == 1 => Ok(ProcessGroup::threads(1, options)?.remove(0)),
+            CpuBackend::Local => join(&env, options),
+        }
+    }
+}
+
+#[cfg(not(feature = "mpi"))]
+fn join_mpi(_env: &RankEnv, _options: GroupOptions) -> Result<ProcessGroup> {
+    Err(Error::NotCompiled { what: "backend `cpu:mpi`", feature: "mpi" })
+}
+
+/// Where the environment describes ranks as well, they must be MPI's.
+#[cfg(feature = "mpi")]
+fn join_mpi(env: &RankEnv, options: GroupOptions) -> Result<ProcessGroup> {
+    let world = ProcessGroup::mpi(options)?;
+    if env.world_size == 1 || (env.world_size, env.rank) == (world.world_size(), world.rank()) {
+        return Ok(world);
+    }
+    Err(crate::Error::Environment {
+        name: "RANK and WORLD_SIZE".into(),
+        expected: "the rank and size of MPI_COMM_WORLD: start the program by mpirun or srun",
+        got: Some(format!(
+            "{} of {}; in MPI {} of {}",
+            env.rank,
+            env.world_size,
+            world.rank(),
+            world.world_size()
+        )),
+    })
 }
 
 #[cfg(not(feature = "tcp-store"))]

@@ -35,7 +35,7 @@ pub struct RankEnv {
 /// The variables in which one launcher says rank, local rank, world size and local world size.
 struct Launcher([&'static str; 4]);
 
-const LAUNCHERS: [Launcher; 3] = [
+const LAUNCHERS: [Launcher; 4] = [
     Launcher(["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"]),
     Launcher(["SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"]),
     Launcher([
@@ -44,11 +44,16 @@ const LAUNCHERS: [Launcher; 3] = [
         "OMPI_COMM_WORLD_SIZE",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ]),
+    // MPICH and what descends from it.
+    Launcher(["PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"]),
 ];
 
+/// Set in every process that an MPI launcher starts, by one or the other.
+const MPI_LAUNCHED: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK"];
+
 impl RankEnv {
-    /// What the environment of this process says: torchrun's variables, else SLURM's, else Open MPI's, else a world of
-    /// one.
+    /// What the environment of this process says: torchrun's variables, else SLURM's, else Open MPI's, else MPICH's,
+    /// else a world of one.
     ///
     /// # Errors
     /// `Environment` naming the variable that is missing beside others, is no number, or does not fit.
@@ -83,6 +88,13 @@ impl RankEnv {
             master_addr: lookup("MASTER_ADDR").unwrap_or_else(|| "127.0.0.1".to_owned()),
             master_port: port(lookup("MASTER_PORT"), lookup(AGENT_STORE).as_deref() == Some("True"))?,
         })
+    }
+
+    /// Whether an MPI launcher started this process and nobody else says who it is.
+    pub(crate) fn is_mpi_job(lookup: impl Fn(&str) -> Option<String>) -> bool {
+        let [rank, _, size, _] = LAUNCHERS[0].0;
+        let of_torch = lookup(rank).is_some() || lookup(size).is_some();
+        !of_torch && MPI_LAUNCHED.iter().any(|name| lookup(name).is_some())
     }
 
     fn alone() -> RankEnv {
@@ -146,6 +158,17 @@ mod tests {
         assert_eq!((of_slurm.rank, of_slurm.local_rank, of_slurm.world_size), (Rank(2), 0, 4));
         let of_torch = parse(&[&mpi[..], &slurm, &torch].concat()).unwrap();
         assert_eq!((of_torch.rank, of_torch.world_size, of_torch.master_port), (Rank(3), 8, 1234));
+    }
+
+    #[test]
+    fn an_mpi_job_is_what_an_mpi_launcher_started_and_torchrun_did_not() {
+        let is_mpi_job =
+            |vars: &[&str]| RankEnv::is_mpi_job(|name| vars.contains(&name).then(|| "1".to_owned()));
+        assert!(is_mpi_job(&["OMPI_COMM_WORLD_SIZE"]) && is_mpi_job(&["SLURM_PROCID", "PMIX_RANK"]));
+        assert!(
+            !is_mpi_job(&["OMPI_COMM_WORLD_SIZE", "RANK", "WORLD_SIZE"]) && !is_mpi_job(&["SLURM_PROCID"])
+        );
+        assert_eq!(parse(&[("PMI_RANK", "1"), ("PMI_SIZE", "2")]).unwrap().rank, Rank(1));
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod layout;
 mod process_group;
 mod rank;
 mod reduce_op;
+mod spec;
 mod store;
 #[cfg(feature = "candle")]
 mod tensor;
@@ -35,6 +36,7 @@ pub use launcher::{Node, RankExit, RankOutput, RankProcesses, die_with_parent};
 pub use process_group::{GroupOptions, ProcessGroup};
 pub use rank::{GroupRank, Rank};
 pub use reduce_op::ReduceOp;
+pub use spec::{BackendSpec, CpuBackend};
 pub use store::{FileStore, MemoryStore, Store};
 #[cfg(feature = "tcp-store")]
 pub use store::{TcpStore, TcpStoreServer};

@@ -7,10 +7,10 @@ use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use crate::backend::local::{Endpoint, LocalWorld, Membership};
+use crate::backend::local::{Endpoint, LocalWorld};
 use crate::backend::recorded::Recorded;
 use crate::backend::solo::Solo;
-use crate::backend::{Backend, CallName};
+use crate::backend::{Backend, CallName, Invitation, Membership, WorldBackend};
 use crate::flight_recorder::FlightRecorder;
 use crate::work::Progress;
 use crate::{Error, FlightRecord, GroupRank, Rank, Result, Store};
@@ -75,7 +75,7 @@ struct World {
     size: usize,
     options: GroupOptions,
     /// Absent in a world of one.
-    local: Option<LocalWorld>,
+    backend: Option<Box<dyn WorldBackend>>,
     /// Every group made so far. A group lives as long as the world, so that all ranks agree on whether it exists.
     groups: Mutex<HashMap<Arc<[Rank]>, Arc<Group>>>,
     /// Directions used so far, by sender and receiver.
@@ -106,7 +106,32 @@ impl ProcessGroup {
             return Ok(Self::solo(options));
         }
         let (local, endpoint) = LocalWorld::join(&*store, membership(rank, world_size, options))?;
-        Ok(Self::of_world(local, endpoint, world_size, options))
+        Ok(Self::of_world(Box::new(local), Box::new(endpoint), rank, world_size, options))
+    }
+
+    /// Joins the world of all processes of the MPI job, on one host or many, by the site's own MPI.
+    ///
+    /// Ranks of one host talk through shared memory, and MPI runs between the hosts' first ranks. A rank that dies is
+    /// `PeerLost` on the others where MPI has ULFM (`mpirun --with-ft ulfm` of Open MPI 5); elsewhere the launcher ends the
+    /// whole job. `mpirun --mca mpi_yield_when_idle 1` helps where ranks outnumber cores. `SCONCE_HOST_ID`, if set, says
+    /// which ranks share memory: those with the same value.
+    ///
+    /// Ranks:  collective; every process of the job calls it.
+    ///
+    /// # Errors
+    /// `Timeout` if not all processes came within `options.timeout`; `PeerLost`; `Backend` if MPI fails, has ended, or
+    /// cannot be called from several threads in turn.
+    ///
+    /// # Source
+    /// `torch.distributed.init_process_group(backend="mpi")`; MPI 3.1, `MPI_THREAD_SERIALIZED`.
+    #[cfg(feature = "mpi")]
+    pub fn mpi(options: GroupOptions) -> Result<ProcessGroup> {
+        let (world, of_all) = crate::backend::mpi::MpiWorld::join(options.timeout)?;
+        let (rank, size) = (world.rank(), world.size());
+        if size == 1 {
+            return Ok(Self::solo(options));
+        }
+        Ok(Self::of_world(Box::new(world), Box::new(of_all), rank, size, options))
     }
 
     /// A world of `world_size` ranks in this process: one handle for each, to be moved to a thread of its own.
@@ -137,8 +162,11 @@ impl ProcessGroup {
             return Ok(vec![Self::solo(options)]);
         }
         let worlds = (0..world_size).map(|rank| membership(Rank(rank), world_size, options)).collect();
-        let joined = LocalWorld::threads(worlds)?.into_iter();
-        Ok(joined.map(|(local, endpoint)| Self::of_world(local, endpoint, world_size, options)).collect())
+        let joined = LocalWorld::threads(worlds)?.into_iter().enumerate();
+        let handle = |(rank, (local, endpoint)): (usize, (LocalWorld, Endpoint))| {
+            Self::of_world(Box::new(local), Box::new(endpoint), Rank(rank), world_size, options)
+        };
+        Ok(joined.map(handle).collect())
     }
 
     /// A world of one: collectives are copies, and nothing is asked of the system.
@@ -152,12 +180,19 @@ impl ProcessGroup {
         Self::with_world(None, group, 1, options)
     }
 
-    fn of_world(local: LocalWorld, endpoint: Endpoint, size: usize, options: GroupOptions) -> ProcessGroup {
-        Self::with_world(Some(local), Group::of_endpoint(endpoint), size, options)
+    fn of_world(
+        backend: Box<dyn WorldBackend>,
+        of_all: Box<dyn Backend>,
+        rank: Rank,
+        size: usize,
+        options: GroupOptions,
+    ) -> ProcessGroup {
+        let group = Group::new("world".into(), (0..size).map(Rank).collect(), GroupRank(rank.0), of_all);
+        Self::with_world(Some(backend), group, size, options)
     }
 
     fn with_world(
-        local: Option<LocalWorld>,
+        backend: Option<Box<dyn WorldBackend>>,
         group: Group,
         size: usize,
         options: GroupOptions,
@@ -165,7 +200,7 @@ impl ProcessGroup {
         let group = Arc::new(group);
         let groups = Mutex::new(HashMap::from([(Arc::clone(&group.ranks), Arc::clone(&group))]));
         let lanes = Mutex::default();
-        ProcessGroup { group, world: Arc::new(World { size, options, local, groups, lanes }) }
+        ProcessGroup { group, world: Arc::new(World { size, options, backend, groups, lanes }) }
     }
 
     /// This rank in the world.
@@ -244,20 +279,15 @@ impl ProcessGroup {
         let ranks: Option<Arc<[Rank]>> =
             partition.iter().find(|ranks| ranks.contains(&self.rank())).map(|ranks| ranks[..].into());
         let known = ranks.as_ref().and_then(|ranks| self.world.find(ranks));
-        let leads = ranks.as_ref().is_some_and(|ranks| ranks.len() > 1 && ranks[0] == self.rank());
-        let offer = match &self.world.local {
-            Some(local) if leads && known.is_none() => local.offer()?,
-            _ => None,
+        let invitation = match &self.world.backend {
+            Some(backend) => backend.invite(ranks.as_deref().filter(|_| known.is_none()))?,
+            None => Invitation { text: String::new(), offer: None },
         };
-        let address = offer.as_ref().map_or(String::new(), |offer| offer.address());
-        let addresses = self.agree_on_partition(partition, &address)?;
-        let (Some(ranks), None) = (ranks, &known) else {
-            return Ok(known.map(|group| self.sibling(group)));
-        };
-        let leader = addresses.get(self.position(ranks[0])).map_or("", String::as_str);
-        let group = Arc::new(self.world.open(self.rank(), ranks, offer, leader)?);
-        self.world.keep(Arc::clone(&group));
-        Ok(Some(self.sibling(group)))
+        let texts = self.agree_on_partition(partition, &invitation.text)?;
+        let new = ranks.filter(|_| known.is_none());
+        let opened = self.world.open(self.rank(), new, invitation, &texts)?.map(Arc::new);
+        opened.iter().for_each(|group| self.world.keep(Arc::clone(group)));
+        Ok(known.or(opened).map(|group| self.sibling(group)))
     }
 
     /// The direction from one rank of this group to another; `None` if the group lacks one or they are the same.
@@ -273,7 +303,7 @@ impl ProcessGroup {
         if let Some(group) = lane.group.get() {
             return Ok(self.sibling(Arc::clone(group)));
         }
-        let Some(local) = &self.world.local else { unreachable!("a world of one has no other rank") };
+        let Some(backend) = &self.world.backend else { unreachable!("a world of one has no other rank") };
         let (from, to) = (self.ranks()[from.0], self.ranks()[to.0]);
         let membership = Membership {
             group: format!("{from} to {to}"),
@@ -281,17 +311,14 @@ impl ProcessGroup {
             group_rank: usize::from(self.rank() == to),
             timeout: self.timeout(),
         };
-        let group = Arc::new(Group::of_endpoint(local.channel(membership)?));
+        let (name, ranks) = (membership.group.clone(), Arc::clone(&membership.ranks));
+        let group_rank = GroupRank(membership.group_rank);
+        let group = Arc::new(Group::new(name, ranks, group_rank, backend.channel(membership)?));
         Ok(self.sibling(Arc::clone(lane.group.get_or_init(|| group))))
     }
 
     fn sibling(&self, group: Arc<Group>) -> ProcessGroup {
         ProcessGroup { group, world: Arc::clone(&self.world) }
-    }
-
-    /// Group rank of a rank of this group.
-    fn position(&self, rank: Rank) -> usize {
-        self.group.ranks.iter().position(|other| *other == rank).unwrap_or(0)
     }
 
     fn check_partition(&self, partition: &[Vec<Rank>]) -> Result<()> {
@@ -316,20 +343,20 @@ impl ProcessGroup {
         Ok(())
     }
 
-    /// Compares the partition with the other ranks', and exchanges the leaders' addresses on the way.
-    fn agree_on_partition(&self, partition: &[Vec<Rank>], address: &str) -> Result<Vec<String>> {
+    /// Compares the partition with the other ranks', and exchanges their invitations on the way.
+    fn agree_on_partition(&self, partition: &[Vec<Rank>], invitation: &str) -> Result<Vec<(Rank, String)>> {
         let lists: Vec<String> = partition.iter().map(|ranks| list(ranks)).collect();
-        let message = format!("{address}\n{}", lists.join(" "));
+        let message = format!("{invitation}\n{}", lists.join(" "));
         let messages = self.exchange_objects(CallName::Subgroups, message.as_bytes())?;
         let messages: Vec<String> =
             messages.iter().map(|message| String::from_utf8_lossy(message).into_owned()).collect();
         let split = |message: &str| {
-            let (address, lists) = message.split_once('\n').unwrap_or((message, ""));
-            (address.to_owned(), lists.to_owned())
+            let (invitation, lists) = message.split_once('\n').unwrap_or((message, ""));
+            (invitation.to_owned(), lists.to_owned())
         };
-        let (addresses, lists): (Vec<_>, Vec<_>) = messages.iter().map(|message| split(message)).unzip();
+        let (invitations, lists): (Vec<_>, Vec<_>) = messages.iter().map(|message| split(message)).unzip();
         match lists.iter().position(|other| *other != lists[0]) {
-            None => Ok(addresses),
+            None => Ok(self.ranks().iter().copied().zip(invitations).collect()),
             Some(other) => Err(Error::Mismatch {
                 group: self.name().into(),
                 seq: 0,
@@ -369,11 +396,6 @@ impl Group {
         let backend = Recorded::new(decorated(backend, &name, ranks[group_rank.0]), Arc::clone(&recorder));
         Group { name, ranks, group_rank, backend, recorder, progress: Progress::default() }
     }
-
-    fn of_endpoint(endpoint: Endpoint) -> Group {
-        let (name, ranks, group_rank) = (endpoint.name().into(), endpoint.ranks(), endpoint.group_rank());
-        Group::new(name, ranks, group_rank, Box::new(endpoint))
-    }
 }
 
 /// The backend as users get it.
@@ -398,27 +420,29 @@ impl World {
         groups.insert(Arc::clone(&group.ranks), group);
     }
 
-    /// Joins the other ranks of `ranks`, which are about to do the same.
+    /// Joins the other ranks of the new group, if there is one; all ranks of the parent call it.
     fn open(
         &self,
         rank: Rank,
-        ranks: Arc<[Rank]>,
-        offer: Option<crate::backend::local::Offer>,
-        leader: &str,
-    ) -> Result<Group> {
-        let group = group_name(&ranks);
-        let group_rank = ranks.iter().position(|other| *other == rank).unwrap_or(0);
-        match &self.local {
-            Some(local) if ranks.len() > 1 => {
-                let timeout = self.options.timeout;
-                let joining = Membership { group, ranks, group_rank, timeout };
-                Ok(Group::of_endpoint(local.group(joining, offer, leader)?))
-            }
-            _ => {
-                let backend = Box::new(Solo::new(group.clone(), rank));
-                Ok(Group::new(group, ranks, GroupRank(0), backend))
-            }
-        }
+        ranks: Option<Arc<[Rank]>>,
+        invitation: Invitation,
+        texts: &[(Rank, String)],
+    ) -> Result<Option<Group>> {
+        let place = |ranks: &[Rank]| ranks.iter().position(|other| *other == rank).unwrap_or(0);
+        let joining = ranks.as_ref().filter(|ranks| ranks.len() > 1).map(|ranks| Membership {
+            group: group_name(ranks),
+            ranks: Arc::clone(ranks),
+            group_rank: place(ranks),
+            timeout: self.options.timeout,
+        });
+        let opened = match &self.backend {
+            Some(backend) => backend.open(joining, invitation, texts)?,
+            None => None,
+        };
+        let Some(ranks) = ranks else { return Ok(None) };
+        let (name, group_rank) = (group_name(&ranks), GroupRank(place(&ranks)));
+        let backend = opened.unwrap_or_else(|| Box::new(Solo::new(name.clone(), rank)));
+        Ok(Some(Group::new(name, ranks, group_rank, backend)))
     }
 }
 

@@ -9,26 +9,23 @@ mod exchange;
 mod failure;
 mod fds;
 mod ffi;
-mod fingerprint;
 mod liveness;
 mod memfd;
-mod reduce;
 mod rendezvous;
 mod rounds;
 mod segment;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 pub(crate) use self::bootstrap::Offer;
 pub(crate) use self::exchange::Endpoint;
 use self::ffi::Mapping;
-use self::fingerprint::Fingerprint;
 use self::liveness::Watch;
 use self::rendezvous::Joined;
 use self::segment::Geometry;
-use super::{Backend, Call, CallName};
+use super::fingerprint::Fingerprint;
+use super::{Backend, Call, CallName, Invitation, Membership, WorldBackend, text_of};
 use crate::{Error, GroupRank, Rank, ReduceOp, Result, Store};
 
 /// One rank's membership of a world of this host. Dropping it leaves the world.
@@ -43,14 +40,6 @@ enum Home {
     Threads(Arc<Mutex<HashMap<String, Arc<Mapping>>>>),
     /// The world's address, from which those of channels follow.
     Processes(String),
-}
-
-/// What a rank must know of a group to join it.
-pub(crate) struct Membership {
-    pub(crate) group: String,
-    pub(crate) ranks: Arc<[Rank]>,
-    pub(crate) group_rank: usize,
-    pub(crate) timeout: Duration,
 }
 
 impl Membership {
@@ -78,9 +67,40 @@ impl LocalWorld {
     /// # Errors
     /// `Timeout` naming who is missing, `PeerLost`, `Store`, `Backend`.
     pub(crate) fn join(store: &dyn Store, world: Membership) -> Result<(LocalWorld, Endpoint)> {
-        let rank = world.ranks[world.group_rank];
-        let Joined { mapping, pidfds, secret } = rendezvous::join(store, &world)?;
-        let watch = Arc::new(Watch::new(Arc::clone(&mapping), rank, pidfds));
+        let joined = rendezvous::join(store, &world)?;
+        Self::of_joined(world, joined)
+    }
+
+    /// What the first rank of a host does before the others of that host hear of it.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn invite() -> Result<Offer> {
+        Offer::open()
+    }
+
+    /// Joins the ranks of this host that have been told each other's places and the first one's address. The first
+    /// passes its offer, all others the address.
+    ///
+    /// # Errors
+    /// `Timeout` on the first, naming who is missing; `PeerLost`, `Backend`.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn meet(
+        host: Membership,
+        offer: Option<&Offer>,
+        address: &str,
+    ) -> Result<(LocalWorld, Endpoint)> {
+        let joined = rendezvous::meet(&host, offer, address)?;
+        Self::of_joined(host, joined)
+    }
+
+    /// The rank of this world that was lost first, after a look unless one was made a moment ago.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn lost(&self) -> Option<Rank> {
+        self.watch.recent()
+    }
+
+    fn of_joined(world: Membership, joined: Joined) -> Result<(LocalWorld, Endpoint)> {
+        let Joined { mapping, pidfds, secret } = joined;
+        let watch = Arc::new(Watch::new(Arc::clone(&mapping), world.ranks[world.group_rank], pidfds));
         let endpoint = world.endpoint(mapping, Arc::clone(&watch))?;
         Ok((LocalWorld { watch, home: Home::Processes(secret) }, endpoint))
     }
@@ -97,14 +117,6 @@ impl LocalWorld {
         worlds.into_iter().map(join).collect()
     }
 
-    /// What the leader of a new group does before the others hear of it; `None` if nothing is needed.
-    pub(crate) fn offer(&self) -> Result<Option<Offer>> {
-        match self.home {
-            Home::Threads(_) => Ok(None),
-            Home::Processes(_) => Offer::open().map(Some),
-        }
-    }
-
     /// Joins a group of this world. The leader passes its offer, all others its address.
     ///
     /// # Errors
@@ -117,14 +129,12 @@ impl LocalWorld {
         };
         group.endpoint(mapping, Arc::clone(&self.watch))
     }
-}
 
-impl LocalWorld {
     /// Opens the channel between the two ranks of `channel`, of which the first sends.
     ///
     /// # Errors
     /// `Timeout` if the other rank does not come; `PeerLost`, `Backend`.
-    pub(crate) fn channel(&self, channel: Membership) -> Result<Endpoint> {
+    pub(crate) fn connect(&self, channel: Membership) -> Result<Endpoint> {
         let mapping = match &self.home {
             Home::Threads(segments) => shared(segments, &channel)?,
             Home::Processes(secret) => {
@@ -137,6 +147,32 @@ impl LocalWorld {
             }
         };
         channel.endpoint(mapping, Arc::clone(&self.watch))
+    }
+}
+
+impl WorldBackend for LocalWorld {
+    fn invite(&self, ranks: Option<&[Rank]>) -> Result<Invitation> {
+        let leads = ranks.is_some_and(|ranks| ranks.len() > 1 && ranks[0] == self.watch.rank());
+        let offer = match self.home {
+            Home::Processes(_) if leads => Some(Offer::open()?),
+            _ => None,
+        };
+        Ok(Invitation { text: offer.as_ref().map_or(String::new(), Offer::address), offer })
+    }
+
+    fn open(
+        &self,
+        group: Option<Membership>,
+        invitation: Invitation,
+        texts: &[(Rank, String)],
+    ) -> Result<Option<Box<dyn Backend>>> {
+        let Some(group) = group else { return Ok(None) };
+        let address = text_of(texts, group.ranks[0]);
+        Ok(Some(Box::new(self.group(group, invitation.offer, address)?)))
+    }
+
+    fn channel(&self, channel: Membership) -> Result<Box<dyn Backend>> {
+        Ok(Box::new(self.connect(channel)?))
     }
 }
 

@@ -4,6 +4,7 @@
 //! compares fingerprints, so that no rank acts on data of another collective.
 
 use std::hint::spin_loop;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,10 +12,10 @@ use rustix::io::Errno;
 
 use super::failure::{self, Cause};
 use super::ffi::{Mapping, Stage};
-use super::fingerprint::Fingerprint;
 use super::liveness::Watch;
 use super::segment::HEADER_BYTES;
-use crate::{Error, GroupRank, Rank, Result};
+use crate::backend::fingerprint::Fingerprint;
+use crate::{Error, Rank, Result};
 
 /// Looks at the phase before sleeping. With 4 ranks on 2 cores, 4 KiB all_reduces in a row took 16 µs each with 200
 /// looks and 24 with 0 or 20; 20,000 starve the peer that is waited for and made a barrier 638 µs.
@@ -33,6 +34,16 @@ pub(crate) struct Endpoint {
     watch: Arc<Watch>,
     progress: Mutex<Progress>,
     failure: OnceLock<Error>,
+    outside: Outside,
+}
+
+/// What a group that is part of a larger one obeys besides its own rules.
+#[derive(Default)]
+struct Outside {
+    /// Nanoseconds that a call may take; 0 stands for the group's timeout.
+    patience: AtomicU64,
+    /// Whether to give up, asked now and then while waiting.
+    stop: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
 }
 
 /// What moves on with each collective.
@@ -54,19 +65,41 @@ impl Endpoint {
     ) -> Option<Self> {
         let stage = Stage::claim(Arc::clone(&mapping), me)?;
         let progress = Mutex::new(Progress { stage: Some(stage), seq: 0 });
-        Some(Endpoint { group, ranks, me, timeout, mapping, watch, progress, failure: OnceLock::new() })
+        Some(Endpoint {
+            group,
+            ranks,
+            me,
+            timeout,
+            mapping,
+            watch,
+            progress,
+            failure: OnceLock::new(),
+            outside: Outside::default(),
+        })
     }
 
-    pub(crate) fn name(&self) -> &str {
-        &self.group
+    /// Lets calls give up with `Aborted` once `stop` says so.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn stop_when(&self, stop: impl Fn() -> bool + Send + Sync + 'static) {
+        let _set_before = self.outside.stop.set(Box::new(stop));
     }
 
-    pub(crate) fn ranks(&self) -> Arc<[Rank]> {
-        Arc::clone(&self.ranks)
+    /// How long the calls that follow may take.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn set_patience(&self, patience: Duration) {
+        let nanos = u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX);
+        self.outside.patience.store(nanos, Ordering::Relaxed);
     }
 
-    pub(crate) fn group_rank(&self) -> GroupRank {
-        GroupRank(self.me)
+    fn patience(&self) -> Duration {
+        match self.outside.patience.load(Ordering::Relaxed) {
+            0 => self.timeout,
+            nanos => Duration::from_nanos(nanos),
+        }
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.outside.stop.get().is_some_and(|stop| stop())
     }
 
     /// Carries out one collective. `fingerprint` gets its sequence number; `body` crosses at least one phase.
@@ -114,7 +147,7 @@ impl Endpoint {
         let Some(stage) = progress.stage.take() else {
             return Err(self.error(failure::record(&self.mapping, Cause::Aborted(self.me)), &call));
         };
-        let deadline = Instant::now().checked_add(self.timeout);
+        let deadline = Instant::now().checked_add(self.patience());
         Ok(Exchange { endpoint: self, stage, call, deadline, compared: false })
     }
 
@@ -145,6 +178,9 @@ impl Endpoint {
         }
         if let Some(cause) = failure::read(&self.mapping) {
             return Err(self.error(cause, call));
+        }
+        if self.is_stopped() {
+            return Err(self.error(Cause::Aborted(self.me), call));
         }
         let cause = match self.departed(target) {
             Some(rank) => Cause::Departed(rank),

@@ -35,6 +35,10 @@ impl Watch {
         Watch { world, rank, pidfds, origin: Instant::now(), looked_ms: AtomicU64::new(0) }
     }
 
+    pub(super) fn rank(&self) -> Rank {
+        self.rank
+    }
+
     /// The rank that was lost first, as far as anyone has recorded.
     pub(super) fn recorded(&self) -> Option<Rank> {
         let word = self.world.group_word(GroupWord::Lost).load(Ordering::Acquire);

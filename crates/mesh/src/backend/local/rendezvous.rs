@@ -66,22 +66,9 @@ impl Roll<'_> {
     }
 
     fn lead(&self, own: OwnedFd) -> Result<Joined> {
-        let (fd, mapping) = memfd::create(self.world.geometry())?;
         let offer = Offer::open()?;
         self.store.set(&self.leader_key(), offer.address().as_bytes())?;
-        let mut guests = Vec::new();
-        let admitted = offer.admit(self.world.ranks.len(), &self.patience(), &mut guests);
-        admitted.map_err(|stop| stopped(stop, self.world, present(self.world, &guests)))?;
-        guests.sort_by_key(|guest| guest.group_rank);
-
-        let pidfds =
-            |guest: &Guest| guest.fds.first().map(AsFd::as_fd).unwrap_or(own.as_fd()).try_clone_to_owned();
-        let theirs: std::io::Result<Vec<OwnedFd>> = guests.iter().map(pidfds).collect();
-        let theirs = theirs.map_err(|error| system("dup", error))?;
-        let all: Vec<OwnedFd> = std::iter::once(own).chain(theirs).collect();
-        let given: Vec<BorrowedFd<'_>> = std::iter::once(&fd).chain(&all).map(AsFd::as_fd).collect();
-        guests.iter().for_each(|guest| guest.give(&given));
-        Ok(Joined { mapping: Arc::new(mapping), pidfds: all, secret: offer.address() })
+        lead_world(self.world, &offer, own, &self.patience())
     }
 
     fn follow(&self, own: OwnedFd) -> Result<Joined> {
@@ -89,12 +76,8 @@ impl Roll<'_> {
         let address = self.store.get(&self.leader_key(), patience.left());
         let address = address.map_err(|error| if self.is_late() { self.late() } else { error })?;
         let address = String::from_utf8_lossy(&address);
-        let n_fds = self.world.ranks.len() + 1;
-        let fds = fetch(&address, self.world.group_rank, &[own], n_fds, &patience);
-        let mut fds = fds.map_err(|stop| self.stopped(stop))?.into_iter();
-        let segment = fds.next().ok_or_else(|| system("recvmsg", "no segment"))?;
-        let mapping = Arc::new(memfd::open(&segment, self.world.geometry())?);
-        Ok(Joined { mapping, pidfds: fds.collect(), secret: address.into_owned() })
+        let fds = follow_world(self.world, &address, own, &patience).map_err(|stop| self.stopped(stop))?;
+        joined(self.world, fds, &address)
     }
 
     /// A member's error: if the leader gave up because ranks are missing, it is those that matter.
@@ -121,6 +104,55 @@ impl Roll<'_> {
             |g| self.store.compare_set(&self.signature(g), b"", b"").is_ok_and(|held| !held.is_empty());
         (0..self.world.ranks.len()).map(signed).collect()
     }
+}
+
+/// Joins a world whose members know the leader's address already; the leader passes the offer behind it.
+#[cfg(feature = "mpi")]
+pub(super) fn meet(world: &Membership, offer: Option<&Offer>, address: &str) -> Result<Joined> {
+    let own = pidfd_open(getpid(), PidfdFlags::empty()).map_err(|errno| system("pidfd_open", errno))?;
+    let deadline = Instant::now().checked_add(world.timeout);
+    let patience = Patience { deadline, watch: None, needed: &[] };
+    if let Some(offer) = offer {
+        return lead_world(world, offer, own, &patience);
+    }
+    let known = || (0..world.ranks.len()).map(|g| g == 0 || g == world.group_rank).collect();
+    let fds = follow_world(world, address, own, &patience).map_err(|stop| stopped(stop, world, known()))?;
+    joined(world, fds, address)
+}
+
+/// Makes the world's segment, gathers all pidfds, and hands both to the other members.
+fn lead_world(world: &Membership, offer: &Offer, own: OwnedFd, patience: &Patience<'_>) -> Result<Joined> {
+    let (fd, mapping) = memfd::create(world.geometry())?;
+    let mut guests = Vec::new();
+    let admitted = offer.admit(world.ranks.len(), patience, &mut guests);
+    admitted.map_err(|stop| stopped(stop, world, present(world, &guests)))?;
+    guests.sort_by_key(|guest| guest.group_rank);
+
+    let pidfds =
+        |guest: &Guest| guest.fds.first().map(AsFd::as_fd).unwrap_or(own.as_fd()).try_clone_to_owned();
+    let theirs: std::io::Result<Vec<OwnedFd>> = guests.iter().map(pidfds).collect();
+    let theirs = theirs.map_err(|error| system("dup", error))?;
+    let all: Vec<OwnedFd> = std::iter::once(own).chain(theirs).collect();
+    let given: Vec<BorrowedFd<'_>> = std::iter::once(&fd).chain(&all).map(AsFd::as_fd).collect();
+    guests.iter().for_each(|guest| guest.give(&given));
+    Ok(Joined { mapping: Arc::new(mapping), pidfds: all, secret: offer.address() })
+}
+
+/// Gives this process's pidfd to the leader and waits for the segment and everyone's pidfds.
+fn follow_world(
+    world: &Membership,
+    address: &str,
+    own: OwnedFd,
+    patience: &Patience<'_>,
+) -> Result<Vec<OwnedFd>, Stop> {
+    fetch(address, world.group_rank, &[own], world.ranks.len() + 1, patience)
+}
+
+fn joined(world: &Membership, fds: Vec<OwnedFd>, address: &str) -> Result<Joined> {
+    let mut fds = fds.into_iter();
+    let segment = fds.next().ok_or_else(|| system("recvmsg", "no segment"))?;
+    let mapping = Arc::new(memfd::open(&segment, world.geometry())?);
+    Ok(Joined { mapping, pidfds: fds.collect(), secret: address.to_owned() })
 }
 
 /// Makes a group's segment and hands it to the other members.

@@ -4,9 +4,9 @@
 //! ranks compare their calls.
 
 use super::exchange::Exchange;
-use super::reduce::reduce;
 use super::segment::DATA_BYTES;
 use crate::backend::pieces::{Sink, Source, offsets};
+use crate::backend::reduce::reduce;
 use crate::{DType, ReduceOp, Result};
 
 /// Longest all_reduce in which every rank reduces everything after one crossing instead of two.

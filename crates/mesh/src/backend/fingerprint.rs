@@ -9,7 +9,7 @@ const SHOWN: usize = 8;
 const WORDS: usize = SHOWN + SHOWN_COUNTS;
 
 /// Length of a fingerprint in the segment.
-pub(super) const FINGERPRINT_BYTES: usize = WORDS * 8;
+pub(crate) const FINGERPRINT_BYTES: usize = WORDS * 8;
 
 /// A collective with everything that ranks must agree on.
 ///
@@ -18,13 +18,13 @@ pub(super) const FINGERPRINT_BYTES: usize = WORDS * 8;
 ///       seq   name   dtype + 1   reduce + 1  root+1 bytes     n_counts     counts_hash  counts
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Fingerprint {
+pub(crate) struct Fingerprint {
     words: [u64; WORDS],
 }
 
 impl Fingerprint {
     /// A call on `bytes` bytes; `bytes` is per rank where ranks contribute equally.
-    pub(super) fn new(seq: u64, call: Call, bytes: usize) -> Self {
+    pub(crate) fn new(seq: u64, call: Call, bytes: usize) -> Self {
         let mut words = [0; WORDS];
         words[..3].copy_from_slice(&[seq, call.name as u64, call.dtype as u64 + 1]);
         words[4] = call.root.map_or(0, |root| root.0 as u64 + 1);
@@ -33,14 +33,14 @@ impl Fingerprint {
     }
 
     /// A call without elements.
-    pub(super) fn barrier(seq: u64) -> Self {
+    pub(crate) fn barrier(seq: u64) -> Self {
         let mut words = [0; WORDS];
         words[..2].copy_from_slice(&[seq, CallName::Barrier as u64]);
         Fingerprint { words }
     }
 
     /// A call to which rank g contributes, or from which it gets, `counts[g]` bytes.
-    pub(super) fn counted(seq: u64, call: Call, counts: &[usize]) -> Self {
+    pub(crate) fn counted(seq: u64, call: Call, counts: &[usize]) -> Self {
         if counts.windows(2).all(|pair| pair[0] == pair[1]) {
             return Self::new(seq, call, counts.first().copied().unwrap_or(0));
         }
@@ -53,27 +53,27 @@ impl Fingerprint {
         fingerprint
     }
 
-    pub(super) fn with_op(mut self, op: ReduceOp) -> Self {
+    pub(crate) fn with_op(mut self, op: ReduceOp) -> Self {
         self.words[3] = op as u64 + 1;
         self
     }
 
-    pub(super) fn seq(&self) -> u64 {
+    pub(crate) fn seq(&self) -> u64 {
         self.words[0]
     }
 
-    pub(super) fn write(&self, header: &mut [u8]) {
+    pub(crate) fn write(&self, header: &mut [u8]) {
         header[..FINGERPRINT_BYTES].copy_from_slice(bytemuck::cast_slice(&self.words));
     }
 
-    pub(super) fn read(header: &[u8]) -> Self {
+    pub(crate) fn read(header: &[u8]) -> Self {
         let mut words = [0; WORDS];
         bytemuck::cast_slice_mut(&mut words).copy_from_slice(&header[..FINGERPRINT_BYTES]);
         Fingerprint { words }
     }
 
     /// As a person would write the call: `all_reduce(sum, f32, 4096 bytes)`.
-    pub(super) fn describe(&self) -> String {
+    pub(crate) fn describe(&self) -> String {
         let name = CallName::from_code(self.words[1]).map_or("an unknown collective", CallName::name);
         let parts = [self.op(), self.root(), self.dtype(), self.sizes()];
         let parts: Vec<String> = parts.into_iter().flatten().collect();

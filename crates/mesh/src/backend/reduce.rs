@@ -14,7 +14,7 @@ use crate::{DType, ReduceOp};
 const BLOCK: usize = 2048;
 
 /// Reduces `sources`, in their order, into `out`. All have equal lengths and are aligned for `dtype`.
-pub(super) fn reduce(dtype: DType, op: ReduceOp, sources: &[&[u8]], out: &mut [u8]) {
+pub(crate) fn reduce(dtype: DType, op: ReduceOp, sources: &[&[u8]], out: &mut [u8]) {
     match dtype {
         DType::U8 => native(op, sources, out, fold_u8, divide_u8),
         DType::I8 => native(op, sources, out, fold_i8, divide_i8),
@@ -169,5 +169,7 @@ fn narrow_bf16(from: &[f32], to: &mut [u16]) {
     }
 }
 
+#[cfg(feature = "mpi")]
+pub(crate) mod partial;
 #[cfg(test)]
 mod tests;
