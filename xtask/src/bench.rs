@@ -1,18 +1,20 @@
 //! Benchmarks, each beside its peers and beside the machine's own limit. It runs programs and prints tables; it measures
 //! nothing itself. Here: the dispatch, and what several of them share.
 
+mod checkpoint;
 mod collectives;
 
 use std::process::Command;
 
 use crate::root;
 
-const USAGE: &str = "usage: cargo xtask bench collectives [--torch PYTHON] [--ferrotorch] | overlap | store";
+const USAGE: &str = "usage: cargo xtask bench checkpoint [--torch PYTHON] | collectives [--torch PYTHON] [--ferrotorch] | overlap | store";
 
 /// Runs the benchmark that `arguments` name.
 pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
     let Some((name, rest)) = arguments.split_first() else { return Err(USAGE.to_owned()) };
     match (name.as_str(), rest) {
+        ("checkpoint", rest) => checkpoint::run(rest),
         ("collectives", rest) => collectives::run(rest),
         ("overlap" | "store", []) => shown(mesh_bench(name)),
         _ => Err(USAGE.to_owned()),

@@ -1,15 +1,15 @@
 //! Format 1 in a directory of the local file system, or of one that all ranks mount.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::io::Read as _;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use indexmap::IndexMap;
-use sconce_dtensor::{Fqn, LocalTensor, StateDict};
+use sconce_dtensor::{Fqn, LocalTensor, StateDict, box_len_bytes};
 
-use super::file::BlockWriter;
+use super::file::{Contents, Piece, write_file, write_small_file};
 use super::local_file::open_regular;
 use super::{Access, DataFile, LocalFile, StorageReader, StorageWriter, commit};
 use crate::format::{MANIFEST_NAME, manifest, shard};
@@ -50,18 +50,26 @@ impl FileSystemReader {
 }
 
 impl StorageWriter for FileSystemWriter {
-    fn prepare(&mut self, _: &Layout) -> Result<Vec<u8>> {
+    fn prepare(&mut self, layout: &Layout) -> Result<Vec<u8>> {
         let staging = self.staging.insert(commit::prepare(&self.path, self.overwrite)?);
-        Ok(staging.as_os_str().as_bytes().to_vec())
+        let writers: HashSet<usize> =
+            layout.tensors.iter().flat_map(|t| &t.chunks).map(|c| c.writer).collect();
+        let n_writers = (writers.len() as u64).to_le_bytes();
+        Ok([&n_writers[..], staging.as_os_str().as_bytes()].concat())
     }
 
     fn write(&mut self, place: &[u8], plan: &WritePlan, state: &StateDict<'_>) -> Result<Vec<WrittenFile>> {
-        let staging = Path::new(OsStr::from_bytes(place));
+        let Some((n_writers, staging)) = place.split_first_chunk() else {
+            unreachable!("the place is what `prepare` returned");
+        };
+        let threads = threads_of(u64::from_le_bytes(*n_writers));
+        let staging = Path::new(OsStr::from_bytes(staging));
         let tensors = state.flat_tensors().map_err(|error| Error::tensor("", &error))?;
         let files = split_by_file(&plan.items);
         let write = |(nth, items): (usize, &Vec<usize>)| {
             let name = shard::file_name(plan.writer, nth, files.len());
-            write_shard(staging, name, &plan.items, items, &tensors, self.sync)
+            let shard = Shard { plan: &plan.items, positions: items, tensors: &tensors };
+            shard.write(staging, name, threads, self.sync)
         };
         files.iter().enumerate().map(write).collect()
     }
@@ -71,9 +79,7 @@ impl StorageWriter for FileSystemWriter {
             unreachable!("the coordinator prepared the place before it finishes");
         };
         let metadata = Metadata::located(layout, written)?;
-        let mut writer = BlockWriter::create(&staging.join(MANIFEST_NAME))?;
-        writer.write(&manifest::encode(&metadata)?)?;
-        writer.finish(self.sync)?;
+        write_small_file(&staging.join(MANIFEST_NAME), manifest::encode(&metadata)?, self.sync)?;
         commit::publish(staging, &self.path, self.sync)?;
         self.staging = None;
         let data_bytes = metadata.files.iter().map(|file| file.len_bytes).sum();
@@ -143,38 +149,44 @@ fn split_by_file(items: &[WriteItem]) -> Vec<Vec<usize>> {
 
 type Tensors<'s, 'a> = IndexMap<Fqn, &'s (dyn LocalTensor + 'a)>;
 
-fn write_shard(
-    staging: &Path,
-    name: String,
-    plan: &[WriteItem],
-    positions: &[usize],
-    tensors: &Tensors<'_, '_>,
-    sync: bool,
-) -> Result<WrittenFile> {
-    let mut items = positions
-        .iter()
-        .map(|item| tensor_of(tensors, &plan[*item]).map(|tensor| (*item, tensor)))
-        .collect::<Result<Vec<_>>>()?;
-    shard::order(&mut items, |(_, tensor)| tensor.dtype());
-    let entry = |(item, tensor): &(usize, &dyn LocalTensor)| shard::Entry {
-        fqn: plan[*item].fqn.clone(),
-        dtype: tensor.dtype(),
-        bounds: tensor.local_boxes()[plan[*item].index].clone(),
-    };
-    let (header, starts) = shard::header(&items.iter().map(entry).collect::<Vec<_>>())?;
-    let mut writer = BlockWriter::create(&staging.join(&name))?;
-    writer.write(&header)?;
-    for (item, tensor) in &items {
-        let WriteItem { fqn, index } = &plan[*item];
-        let mut outcome = Ok(());
-        let lent = tensor.read_box(*index, &mut |bytes| outcome = writer.write(bytes));
-        lent.map_err(|error| Error::tensor(fqn, &error))?;
-        outcome?;
+/// One data file of this rank.
+struct Shard<'p> {
+    plan: &'p [WriteItem],
+    /// Its items' positions in the plan.
+    positions: &'p [usize],
+    tensors: &'p Tensors<'p, 'p>,
+}
+
+impl Shard<'_> {
+    fn write(&self, staging: &Path, name: String, threads: usize, sync: bool) -> Result<WrittenFile> {
+        let of = |item: &usize| tensor_of(self.tensors, &self.plan[*item]).map(|tensor| (*item, tensor));
+        let mut items = self.positions.iter().map(of).collect::<Result<Vec<_>>>()?;
+        shard::order(&mut items, |(_, tensor)| tensor.dtype());
+        let entry = |(item, tensor): &(usize, &dyn LocalTensor)| shard::Entry {
+            fqn: self.plan[*item].fqn.clone(),
+            dtype: tensor.dtype(),
+            bounds: tensor.local_boxes()[self.plan[*item].index].clone(),
+        };
+        let (header, starts) = shard::header(&items.iter().map(entry).collect::<Vec<_>>())?;
+        let piece = |((item, tensor), start): (&(usize, _), &u64)| {
+            let (tensor, WriteItem { fqn, index }): (&dyn LocalTensor, _) = (*tensor, &self.plan[*item]);
+            let bytes = *start..start + box_len_bytes(tensor, *index) as u64;
+            Piece { fqn, tensor, index: *index, bytes }
+        };
+        let pieces = items.iter().zip(&starts).map(piece).collect();
+        let written = write_file(&staging.join(&name), &Contents { header, pieces }, threads, sync)?;
+        let (len_bytes, block_crcs) = written;
+        let items = items.iter().zip(starts);
+        let items =
+            items.map(|((item, _), offset_bytes)| WrittenItem { item: *item, offset_bytes }).collect();
+        Ok(WrittenFile { file: FileMetadata { name, len_bytes, block_crcs: Some(block_crcs) }, items })
     }
-    let (len_bytes, block_crcs) = writer.finish(sync)?;
-    let items = items.iter().zip(starts);
-    let items = items.map(|((item, _), offset_bytes)| WrittenItem { item: *item, offset_bytes }).collect();
-    Ok(WrittenFile { file: FileMetadata { name, len_bytes, block_crcs: Some(block_crcs) }, items })
+}
+
+/// This rank's share of the cores, as if all that write were on one host.
+fn threads_of(n_writers: u64) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    (cores / n_writers.max(1) as usize).clamp(1, 8)
 }
 
 fn tensor_of<'t>(tensors: &'t Tensors<'_, '_>, item: &WriteItem) -> Result<&'t dyn LocalTensor> {

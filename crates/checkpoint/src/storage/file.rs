@@ -1,97 +1,171 @@
-//! A data file being written: bytes in order, and a checksum of every block on the way.
+//! A data file being written: every byte leaves tensor memory once and is checksummed on the way.
+//!
+//! ```text
+//! file     |header|  box  |    box    |        box        |box|
+//! threads  |  range 0      |   range 1       |    range 2     |     each in order, cut at multiples of 4 MiB
+//! ```
+//!
+//! On a disk each thread copies into an aligned buffer and writes that past the page cache (`O_DIRECT`): the device
+//! is the limit, and the page cache keeps what training reads. In tmpfs, and where the file system has no direct writes,
+//! large pieces are written from where they lie.
+
+mod range;
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
-use crate::metadata::BLOCK_BYTES;
+use rustix::fs::{FallocateFlags, OFlags, fallocate, fstatfs};
+use sconce_dtensor::LocalTensor;
+
 use crate::{Error, Result};
 
-/// Small pieces are collected up to this size; larger ones are written from where they lie.
-const BUFFER_BYTES: usize = 1 << 20;
+use range::{RangeWriter, SEGMENT_BYTES};
 
-/// Writes one new file.
-pub(crate) struct BlockWriter {
-    path: PathBuf,
-    file: File,
-    pending: Vec<u8>,
-    len_bytes: u64,
-    crcs: Vec<u32>,
-    crc: crc32fast::Hasher,
+/// A box and where it lies in the file.
+pub(super) struct Piece<'t> {
+    pub(super) fqn: &'t str,
+    pub(super) tensor: &'t dyn LocalTensor,
+    pub(super) index: usize,
+    pub(super) bytes: Range<u64>,
 }
 
-impl BlockWriter {
-    /// Creates `path`, which must not exist.
-    pub(crate) fn create(path: &Path) -> Result<Self> {
-        let file = OpenOptions::new().write(true).create_new(true).open(path);
-        let file = file.map_err(|e| Error::io("create", path, &e))?;
-        let (pending, crc) = (Vec::new(), crc32fast::Hasher::new());
-        Ok(Self { path: path.to_owned(), file, pending, len_bytes: 0, crcs: Vec::new(), crc })
+/// What a data file is made of: the header, and pieces one after the other up to its end.
+pub(super) struct Contents<'t> {
+    pub(super) header: Vec<u8>,
+    pub(super) pieces: Vec<Piece<'t>>,
+}
+
+/// Files from this size on are written past the page cache, where that is possible: below it starting threads and
+/// aligning costs more than it saves.
+const DIRECT_BYTES: u64 = 16 << 20;
+/// Direct writes in flight that reach the device's speed: measured 2.6 GB/s with one, 3.0 with four, of 4 MiB each.
+const DIRECT_THREADS: u64 = 4;
+/// A thread is worth starting for this much.
+const BYTES_PER_THREAD: u64 = 8 << 20;
+/// `TMPFS_MAGIC` of linux/magic.h: memory, where neither direct writes nor preallocation save anything.
+const TMPFS: i64 = 0x0102_1994;
+
+/// Writes a new file with `contents` and returns the checksums of its blocks; with `sync`, once it is on the device.
+///
+/// `threads` is how many the caller's share of the cores allows.
+///
+/// # Errors
+/// `Io`; `Tensor` if a box cannot be read.
+pub(super) fn write_file(
+    path: &Path,
+    contents: &Contents<'_>,
+    threads: usize,
+    sync: bool,
+) -> Result<(u64, Vec<u32>)> {
+    let len_bytes = contents.len_bytes();
+    let (file, direct) = create(path, len_bytes)?;
+    let wanted = if direct { DIRECT_THREADS } else { threads as u64 };
+    let threads = (len_bytes / BYTES_PER_THREAD).clamp(1, wanted.max(1));
+    let part = len_bytes.div_ceil(threads).next_multiple_of(SEGMENT_BYTES as u64);
+    let write = |nth: u64| {
+        let range = nth * part..((nth + 1) * part).min(len_bytes);
+        let mut writer = RangeWriter::new(&file, path, range.start, direct);
+        contents.lend(range, &mut |bytes| writer.push(bytes))?;
+        writer.finish()
+    };
+    let crcs = run_parts(len_bytes.div_ceil(part.max(1)).max(1), &write)?;
+    if direct && !len_bytes.is_multiple_of(range::PAGE_BYTES as u64) {
+        // Direct writes are whole pages.
+        file.set_len(len_bytes).map_err(|e| Error::io("set the length of", path, &e))?;
+    }
+    if sync {
+        file.sync_all().map_err(|e| Error::io("sync", path, &e))?;
+    }
+    Ok((len_bytes, crcs.concat()))
+}
+
+/// Writes a new file of few bytes.
+pub(super) fn write_small_file(path: &Path, bytes: Vec<u8>, sync: bool) -> Result<()> {
+    write_file(path, &Contents { header: bytes, pieces: Vec::new() }, 1, sync).map(drop)
+}
+
+/// Every part, each on a thread of its own; the first on this one.
+fn run_parts<T: Send>(n: u64, part: &(impl Fn(u64) -> Result<T> + Sync)) -> Result<Vec<T>> {
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..n).map(|nth| scope.spawn(move || part(nth))).collect();
+        let first = part(0);
+        let died = || Error::Tensor { fqn: String::new(), cause: "a thread of the save panicked".to_owned() };
+        let others = others.into_iter().map(|part| part.join().unwrap_or_else(|_| Err(died())));
+        std::iter::once(first).chain(others).collect()
+    })
+}
+
+/// The new file, room for it, and whether it is written past the page cache.
+fn create(path: &Path, len_bytes: u64) -> Result<(File, bool)> {
+    let file = OpenOptions::new().write(true).create_new(true).open(path);
+    let file = file.map_err(|e| Error::io("create", path, &e))?;
+    let kind = fstatfs(&file).map_err(|e| Error::io("stat", path, &e.into()))?;
+    if kind.f_type as i64 == TMPFS {
+        return Ok((file, false));
+    }
+    reserve(&file, len_bytes).map_err(|e| Error::io("allocate", path, &e))?;
+    if len_bytes < DIRECT_BYTES {
+        return Ok((file, false));
+    }
+    // A file system without direct writes refuses the flag.
+    let direct = OpenOptions::new().write(true).custom_flags(OFlags::DIRECT.bits() as i32).open(path);
+    Ok(direct.map_or((file, false), |direct| (direct, true)))
+}
+
+/// Takes the room of the whole file at once: a full disk is noticed before anything is written.
+fn reserve(file: &File, len_bytes: u64) -> io::Result<()> {
+    if len_bytes == 0 {
+        return Ok(());
+    }
+    // With the size set, direct writes of several threads do not wait for each other to lengthen the file.
+    match fallocate(file, FallocateFlags::empty(), 0, len_bytes) {
+        Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+impl Contents<'_> {
+    fn len_bytes(&self) -> u64 {
+        self.pieces.last().map_or(self.header.len() as u64, |piece| piece.bytes.end)
     }
 
-    /// Appends bytes.
-    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.checksum(bytes);
-        if self.pending.len() + bytes.len() <= BUFFER_BYTES {
-            self.pending.extend_from_slice(bytes);
-            return Ok(());
+    /// Lends the bytes of a range of the file in order, in pieces as they lie in memory.
+    fn lend(&self, range: Range<u64>, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let header = self.header.len() as u64;
+        if range.start < header {
+            write(&self.header[range.start as usize..range.end.min(header) as usize])?;
         }
-        self.flush()?;
-        if bytes.len() >= BUFFER_BYTES {
-            return self.file.write_all(bytes).map_err(|e| Error::io("write", &self.path, &e));
+        let first = self.pieces.partition_point(|piece| piece.bytes.end <= range.start);
+        for piece in self.pieces[first..].iter().take_while(|piece| piece.bytes.start < range.end) {
+            piece.lend(&range, write)?;
         }
-        self.pending.extend_from_slice(bytes);
         Ok(())
     }
+}
 
-    /// Ends the file; with `sync`, returns once it is on the device. Length and checksums of its blocks.
-    pub(crate) fn finish(mut self, sync: bool) -> Result<(u64, Vec<u32>)> {
-        self.flush()?;
-        if sync {
-            self.file.sync_all().map_err(|e| Error::io("sync", &self.path, &e))?;
-        }
-        if !self.len_bytes.is_multiple_of(BLOCK_BYTES) {
-            self.crcs.push(self.crc.finalize());
-        }
-        Ok((self.len_bytes, self.crcs))
-    }
-
-    fn flush(&mut self) -> Result<()> {
-        self.file.write_all(&self.pending).map_err(|e| Error::io("write", &self.path, &e))?;
-        self.pending.clear();
-        Ok(())
-    }
-
-    fn checksum(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            let room = (BLOCK_BYTES - self.len_bytes % BLOCK_BYTES) as usize;
-            let (now, later) = bytes.split_at(room.min(bytes.len()));
-            self.crc.update(now);
-            self.len_bytes += now.len() as u64;
-            if self.len_bytes.is_multiple_of(BLOCK_BYTES) {
-                self.crcs.push(std::mem::take(&mut self.crc).finalize());
-            }
-            bytes = later;
-        }
+impl Piece<'_> {
+    /// Lends what of the box lies in a range of the file.
+    fn lend(&self, range: &Range<u64>, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let (start, len) = (self.bytes.start, (self.bytes.end - self.bytes.start) as usize);
+        let from = (range.start.max(start) - start) as usize;
+        let to = (range.end.min(self.bytes.end) - start) as usize;
+        let mut outcome = Ok(());
+        let lent = self.tensor.read_box(self.index, &mut |bytes| {
+            outcome = match bytes.len() == len {
+                true => write(&bytes[from..to]),
+                false => Err(Error::Tensor {
+                    fqn: self.fqn.to_owned(),
+                    cause: format!("box {} lends {} bytes and has {len}", self.index, bytes.len()),
+                }),
+            };
+        });
+        lent.map_err(|error| Error::tensor(self.fqn, &error))?;
+        outcome
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn blocks_are_checked_whatever_the_pieces_were() {
-        let all: Vec<u8> = (0..5 * BLOCK_BYTES / 2 + 17).map(|i| ((i * i) >> 7) as u8).collect();
-        let dir = tempfile::tempdir().unwrap();
-        for (nth, piece) in [1000, 700_001, BLOCK_BYTES as usize, all.len()].into_iter().enumerate() {
-            let path = dir.path().join(nth.to_string());
-            let mut writer = BlockWriter::create(&path).unwrap();
-            all.chunks(piece).for_each(|bytes| writer.write(bytes).unwrap());
-            let (len_bytes, crcs) = writer.finish(false).unwrap();
-            assert_eq!(len_bytes, all.len() as u64);
-            assert_eq!(crcs, all.chunks(BLOCK_BYTES as usize).map(crc32fast::hash).collect::<Vec<_>>());
-            assert_eq!(std::fs::read(&path).unwrap(), all);
-        }
-    }
-}
+mod tests;
