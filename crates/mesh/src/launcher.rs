@@ -38,6 +38,8 @@ const PARENT: &str = "SCONCE_PARENT_PID";
 #[derive(Debug)]
 pub struct RankProcesses {
     ranks: Vec<RankProcess>,
+    /// How often they were looked at.
+    looks: usize,
     /// Serves as long as ranks may join; on one node of several.
     _store: Option<TcpStoreServer>,
 }
@@ -65,8 +67,26 @@ struct RankProcess {
     child: Child,
     pidfd: OwnedFd,
     tail: Tail,
-    /// How it ended, and whether it did so by itself.
-    exit: Option<(ExitStatus, bool)>,
+    /// Whether its process group is its own: then what it leaves behind ends with it.
+    leads_group: bool,
+    exit: Option<Exit>,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy)]
+struct Exit {
+    status: ExitStatus,
+    by_itself: bool,
+    /// How often the launcher had looked before: ranks of the same look ended at about the same time.
+    look: usize,
+}
+
+impl Exit {
+    /// Sorts the ends that say most about what went wrong first: by itself before killed by us, early before late, and
+    /// of those that were seen together a signal before an exit code, which is more often a consequence.
+    fn blame(&self) -> (bool, usize, bool) {
+        (!self.by_itself, self.look, self.status.signal().is_none())
+    }
 }
 
 /// How one rank ended.
@@ -135,7 +155,7 @@ impl RankProcesses {
         output: &RankOutput,
         command: &mut dyn FnMut(&RankEnv) -> Command,
     ) -> Result<RankProcesses> {
-        let mut started = RankProcesses { ranks: Vec::new(), _store: store };
+        let mut started = RankProcesses { ranks: Vec::new(), looks: 0, _store: store };
         for local_rank in 0..node.n_ranks {
             let env = RankEnv {
                 rank: Rank(node.node_rank * node.n_ranks + local_rank),
@@ -222,16 +242,29 @@ impl RankProcesses {
         self.ranks.iter().filter(|process| process.exit.is_none())
     }
 
-    /// The first rank, of those that have ended, that failed by itself; else the first that had to be killed.
+    /// Waits until every rank has ended, one has failed, or `end`; true if `end` came first.
+    ///
+    /// # Errors
+    /// `Backend` if a process cannot be waited for.
+    pub fn outlast(&mut self, end: Instant) -> Result<bool> {
+        while self.running().count() > 0 && self.first_failure().is_none() {
+            if Instant::now() >= end {
+                return Ok(true);
+            }
+            self.poll(Some(end))?;
+            self.reap(true)?;
+        }
+        Ok(false)
+    }
+
+    /// The rank, of those that have ended, that failed first and by itself; else one that had to be killed.
+    ///
+    /// Of ranks that ended at about the same time it is one that died of a signal: the others, whose peer was lost,
+    /// are more likely to have exited.
     pub fn first_failure(&self) -> Option<Rank> {
-        let failed = |by_itself: bool| {
-            let ended = self.ranks.iter().filter_map(|p| p.exit.map(|exit| (p.rank, exit)));
-            ended
-                .filter(move |(_, (status, own))| !status.success() && *own == by_itself)
-                .map(|(rank, _)| rank)
-                .next()
-        };
-        failed(true).or_else(|| failed(false))
+        let failed = self.ranks.iter().filter_map(|p| p.exit.map(|exit| (p.rank, exit)));
+        let failed = failed.filter(|(_, exit)| !exit.status.success());
+        failed.min_by_key(|(_, exit)| exit.blame()).map(|(rank, _)| rank)
     }
 
     /// Sleeps until a rank ends or `end`.
@@ -248,19 +281,21 @@ impl RankProcesses {
 
     fn reap(&mut self, by_itself: bool) -> Result<()> {
         for process in self.ranks.iter_mut().filter(|p| p.exit.is_none()) {
+            process.end_what_it_left();
             let status = if by_itself { process.child.try_wait() } else { process.child.wait().map(Some) };
-            process.exit = status.map_err(|e| system("wait", &e))?.map(|status| (status, by_itself));
+            let status = status.map_err(|e| system("wait", &e))?;
+            process.exit = status.map(|status| Exit { status, by_itself, look: self.looks });
         }
+        self.looks += 1;
         Ok(())
     }
 
     fn kill_all(&mut self) {
         for process in self.ranks.iter_mut().filter(|p| p.exit.is_none()) {
-            let pid = Pid::from_child(&process.child);
             // With what it has started, if it leads a process group. It may have ended meanwhile.
-            let _ended = match getpgid(Some(pid)) {
-                Ok(group) if group == pid => kill_process_group(pid, Signal::KILL).map_err(Into::into),
-                _ => process.child.kill(),
+            let _ended = match process.leads_group {
+                true => kill_process_group(Pid::from_child(&process.child), Signal::KILL).map_err(Into::into),
+                false => process.child.kill(),
             };
         }
     }
@@ -283,11 +318,24 @@ impl RankProcess {
         let tail = Tail::of(&mut child, rank, output)?;
         let pid = Pid::from_child(&child);
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|e| system("pidfd_open", &e))?;
-        Ok(RankProcess { rank, child, pidfd, tail, exit: None })
+        let leads_group = getpgid(Some(pid)).is_ok_and(|group| group == pid);
+        Ok(RankProcess { rank, child, pidfd, tail, leads_group, exit: None })
+    }
+
+    /// Kills the rest of its process group if it has ended: they hold its output open, which would be waited for.
+    ///
+    /// It comes before the process is reaped, so that its number is nobody else's yet.
+    fn end_what_it_left(&self) {
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let ended = poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&now));
+        if self.leads_group && ended == Ok(1) {
+            // It may have left nothing.
+            let _none = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+        }
     }
 
     fn ended(&mut self) -> Option<RankExit> {
-        let (status, by_itself) = self.exit?;
+        let Exit { status, by_itself, .. } = self.exit?;
         Some(RankExit { rank: self.rank, status, by_itself, last_lines: self.tail.finish() })
     }
 }

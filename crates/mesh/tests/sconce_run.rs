@@ -113,6 +113,8 @@ fn bad_arguments_and_missing_programs_are_named() {
             &["--nnodes", "2", "--node-rank", "2", "true"],
             "--node-rank: expected a node below --nnodes 2, got 2",
         ),
+        (&["--elastic", "4:2", "true"], "expected MIN:MAX such as 2:4"),
+        (&["--elastic", "2:4", "--nnodes", "2", "true"], "cannot be used with"),
         (&["--nnodes", "2", "true"], "SCONCE_STORE_TOKEN: expected a secret"),
         (&["--nproc-per-node", "1", "/no/such/program"], "/no/such/program: No such file"),
     ] {
@@ -150,6 +152,59 @@ fn ranks_are_started_again_as_often_as_allowed() {
     assert_eq!(count("2"), 3);
     assert_eq!(attempt(&script(9)).status.code(), Some(1));
     assert_eq!(count("9"), 3);
+}
+
+/// What ranks of each world said, `RESTART/WORLD_SIZE` for each world in order.
+fn worlds(stdout: &[u8]) -> Vec<String> {
+    let mut worlds: Vec<String> = vec![];
+    for line in text(stdout).lines() {
+        let world = line.split_once("] ").unwrap().1.to_owned();
+        if worlds.last() != Some(&world) {
+            worlds.push(world);
+        }
+    }
+    worlds
+}
+
+#[test]
+fn an_elastic_world_goes_on_without_a_lost_rank_and_grows_again_when_its_slot_is_back() {
+    // Restart 0: rank 2 of 4 is killed. Then 3 ranks work until they are asked to end, and 4 finish.
+    let script = "echo $TORCHELASTIC_RESTART_COUNT/$WORLD_SIZE; trap 'exit 0' TERM
+        if [ $TORCHELASTIC_RESTART_COUNT = 0 ]; then
+            [ $RANK = 2 ] && { sleep 0.2; kill -9 $$; }; sleep 100 & wait
+        elif [ $WORLD_SIZE = 3 ]; then
+            sleep 100 & wait
+        fi";
+    let started = Instant::now();
+    let arguments = ["--elastic", "2:4", "--slot-cooldown", "1.5", "--max-restarts", "1", "sh", "-c", script];
+    let output = run(&arguments);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(worlds(&output.stdout), ["0/4", "1/3", "1/4"]);
+    let errors = text(&output.stderr);
+    assert!(errors.contains("rank 2 died of signal 9"), "{errors}");
+    assert!(errors.contains("a slot is back: starting again with 4 ranks"), "{errors}");
+    assert!(started.elapsed() < LONG);
+}
+
+#[test]
+fn an_elastic_world_below_its_least_waits_for_a_slot() {
+    let script = "echo $TORCHELASTIC_RESTART_COUNT/$WORLD_SIZE; [ $TORCHELASTIC_RESTART_COUNT = 1 ] && exit 0
+        [ $RANK = 0 ] && kill -9 $$; exit 0";
+    let started = Instant::now();
+    let output =
+        run(&["--elastic", "2:2", "--slot-cooldown", "0.7", "--max-restarts", "3", "sh", "-c", script]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(worlds(&output.stdout), ["0/2", "1/2"]);
+    assert!(started.elapsed() > Duration::from_millis(700), "{:?}", started.elapsed());
+}
+
+#[test]
+fn the_rank_that_died_is_blamed_not_those_that_lost_it() {
+    // Rank 0 fails because rank 1 is gone.
+    let script = "[ $RANK = 1 ] && kill -9 $$; sleep 0.3; exit 5";
+    let output = run(&["--nproc-per-node", "2", "sh", "-c", script]);
+    assert_eq!(output.status.code(), Some(128 + 9));
+    assert!(text(&output.stderr).contains("rank 1 died of signal 9"));
 }
 
 /// Starts ranks that print their pid and sleep; returns the launcher's and theirs.

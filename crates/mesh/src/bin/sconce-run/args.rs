@@ -7,6 +7,8 @@ use std::time::Duration;
 use clap::Parser;
 use sconce_mesh::{Error, Node, Result};
 
+use crate::slots::Slots;
+
 /// The secret that the launchers and ranks of several nodes share.
 const TOKEN: &str = "SCONCE_STORE_TOKEN";
 
@@ -32,6 +34,13 @@ pub(crate) struct Args {
     /// How often all ranks are started again after one has failed; on one node only.
     #[arg(long, default_value_t = 0)]
     pub(crate) max_restarts: usize,
+    /// Least and most ranks, on one node only: when one is lost the world is formed again without it, and with it
+    /// again once `--slot-cooldown` is over. Programs go on from their last checkpoint.
+    #[arg(long, value_name = "MIN:MAX", value_parser = least_and_most, conflicts_with_all = ["nproc_per_node", "nnodes"])]
+    elastic: Option<(usize, usize)>,
+    /// Seconds after which a lost rank's place is used again: the ranks get SIGTERM, and start again with it.
+    #[arg(long, default_value = "60", value_parser = seconds, requires = "elastic")]
+    slot_cooldown: Duration,
     /// Shows every so many seconds which ranks run and how much memory they hold.
     #[arg(long, value_parser = seconds)]
     pub(crate) monitor: Option<Duration>,
@@ -65,20 +74,36 @@ fn seconds(text: &str) -> Result<Duration, String> {
     duration.ok_or_else(|| "expected a number of seconds above 0".to_owned())
 }
 
+fn least_and_most(text: &str) -> Result<(usize, usize), String> {
+    let parsed =
+        text.split_once(':').and_then(|(least, most)| Some((least.parse().ok()?, most.parse().ok()?)));
+    parsed
+        .filter(|(least, most)| 0 < *least && least <= most)
+        .ok_or_else(|| format!("expected MIN:MAX such as 2:4, got {text:?}"))
+}
+
 impl Args {
+    /// The places for ranks on this node.
+    pub(crate) fn slots(&self) -> Slots {
+        match self.elastic {
+            Some((least, most)) => Slots::new(least, most, self.slot_cooldown),
+            None => Slots::new(self.n_ranks(), self.n_ranks(), Duration::ZERO),
+        }
+    }
+
     /// Ranks on this node.
-    pub(crate) fn n_ranks(&self) -> usize {
+    fn n_ranks(&self) -> usize {
         match self.nproc_per_node {
             NRanks::Given(n) => n,
             NRanks::Auto => std::thread::available_parallelism().map_or(1, usize::from),
         }
     }
 
-    /// This node among several; `None` if it is the only one.
+    /// This node, with so many ranks, among several; `None` if it is the only one.
     ///
     /// # Errors
     /// `InvalidArgument`, `Environment` without a shared token.
-    pub(crate) fn node(&self) -> Result<Option<Node>> {
+    pub(crate) fn node(&self, n_ranks: usize) -> Result<Option<Node>> {
         if self.nnodes == 1 && self.node_rank == 0 {
             return Ok(None);
         }
@@ -98,7 +123,7 @@ impl Args {
         Ok(Some(Node {
             n_nodes: self.nnodes,
             node_rank: self.node_rank,
-            n_ranks: self.n_ranks(),
+            n_ranks,
             master_addr: self.master_addr.clone(),
             master_port: self.master_port,
             token,

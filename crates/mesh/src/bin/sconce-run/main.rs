@@ -9,23 +9,32 @@
 mod args;
 mod monitor;
 mod signals;
+mod slots;
 
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Command, ExitCode};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Parser as _;
-use sconce_mesh::{Error, RankEnv, RankExit, RankOutput, RankProcesses, Result, die_with_parent};
+use rustix::process::{Signal, pidfd_send_signal};
+use sconce_mesh::{Error, Rank, RankEnv, RankExit, RankOutput, RankProcesses, Result, die_with_parent};
 
 use self::args::Args;
 use self::monitor::Monitor;
 use self::signals::Forwarder;
+use self::slots::Slots;
 
 /// Marks this program as a rank to be: it ties its life to the launcher's and becomes the rank's program.
 const BECOME: &str = "SCONCE_RUN_BECOME";
 
 /// How long other ranks may go on once one has failed.
 const GRACE: Duration = Duration::from_secs(5);
+
+/// How long ranks may take to save and end when a slot is back.
+const TIME_TO_SAVE: Duration = Duration::from_secs(60);
+
+/// torchrun's names for how often the ranks were started again, and how often they may be.
+const RESTARTS: [&str; 2] = ["TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"];
 
 fn main() -> ExitCode {
     if std::env::var_os(BECOME).is_some() {
@@ -62,26 +71,66 @@ fn run(args: &Args) -> Result<ExitCode> {
         Some(dir) => RankOutput::Files(dir.clone()),
         None => RankOutput::Prefixed,
     };
-    for restarts_left in (0..=args.max_restarts).rev() {
-        let mut ranks = start(args, &output)?;
+    let (mut slots, mut restarts) = (args.slots(), 0);
+    while let Some(n_ranks) = wait_for_slots(&slots, &forwarder) {
+        let mut ranks = start(args, &output, n_ranks, restarts)?;
         forwarder.forward_to(&ranks)?;
         let monitor = args.monitor.map(|every| Monitor::start(&ranks, every));
-        let exits = ranks.exits(None, GRACE)?;
+        let is_to_grow = outlast(&mut ranks, &slots)?;
+        let exits = ranks.exits(is_to_grow.then_some(TIME_TO_SAVE), GRACE)?;
         drop(monitor);
+        if is_to_grow && !forwarder.was_asked_to_end() {
+            eprintln!("sconce-run: a slot is back: starting again with {} ranks", slots.free(Instant::now()));
+            continue;
+        }
         let first = ranks.first_failure();
-        let Some(failed) = exits.into_iter().find(|exit| Some(exit.rank) == first) else {
+        let Some(failed) = exits.iter().find(|exit| Some(exit.rank) == first) else {
             return Ok(ExitCode::SUCCESS);
         };
-        report(&failed);
-        if restarts_left == 0 || forwarder.was_asked_to_end() {
-            return Ok(exit_code(&failed));
+        report(failed);
+        if restarts == args.max_restarts || forwarder.was_asked_to_end() {
+            return Ok(exit_code(failed));
         }
-        eprintln!("sconce-run: starting all ranks again, {restarts_left} restarts left");
+        restarts += 1;
+        slots.lose(n_lost(&exits, failed.rank), Instant::now());
+        let left = args.max_restarts - restarts;
+        eprintln!("sconce-run: starting all ranks again, {left} restarts left");
     }
-    unreachable!("the last round returns")
+    Ok(ExitCode::FAILURE)
 }
 
-fn start(args: &Args, output: &RankOutput) -> Result<RankProcesses> {
+/// Waits until there are enough slots, and says how many; `None` if this program is asked to end first.
+fn wait_for_slots(slots: &Slots, forwarder: &Forwarder) -> Option<usize> {
+    while let Some(n_ranks) = (!forwarder.was_asked_to_end()).then(|| slots.free(Instant::now())) {
+        if n_ranks >= slots.least() {
+            return Some(n_ranks);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    None
+}
+
+/// Waits for the ranks until another slot is free, and then asks them to end; true if it was so.
+fn outlast(ranks: &mut RankProcesses, slots: &Slots) -> Result<bool> {
+    let Some(next) = slots.next(Instant::now()) else { return Ok(false) };
+    if !ranks.outlast(next)? {
+        return Ok(false);
+    }
+    for rank in ranks.pidfds()? {
+        // One that has ended meanwhile needs no signal.
+        let _ended = pidfd_send_signal(rank, Signal::TERM);
+    }
+    Ok(true)
+}
+
+/// Ranks whose slots are not used for a while: the one that failed first, and what was killed beside it. The others
+/// ended because they had lost a peer.
+fn n_lost(exits: &[RankExit], first: Rank) -> usize {
+    let is_killed = |exit: &RankExit| exit.by_itself && exit.status.signal() == Some(Signal::KILL.as_raw());
+    exits.iter().filter(|exit| exit.rank == first || is_killed(exit)).count()
+}
+
+fn start(args: &Args, output: &RankOutput, n_ranks: usize, restarts: usize) -> Result<RankProcesses> {
     let this = std::env::current_exe().map_err(|e| Error::Backend {
         backend: "launcher",
         call: "current_exe".into(),
@@ -91,10 +140,11 @@ fn start(args: &Args, output: &RankOutput) -> Result<RankProcesses> {
         let mut command = Command::new(&this);
         // A group of its own, so that what a rank starts can be ended with it.
         command.args(&args.program).env(BECOME, "1").process_group(0);
+        command.envs(RESTARTS.into_iter().zip([restarts, args.max_restarts].map(|n| n.to_string())));
         command
     };
-    match args.node()? {
-        None => RankProcesses::spawn(args.n_ranks(), output.clone(), command),
+    match args.node(n_ranks)? {
+        None => RankProcesses::spawn(n_ranks, output.clone(), command),
         Some(node) => RankProcesses::spawn_node(&node, output.clone(), command),
     }
 }
