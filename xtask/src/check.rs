@@ -17,6 +17,7 @@ const FEATURE_SETS: [&str; 12] = [
     "-p sconce-dtensor --no-default-features --features candle",
     "-p sconce-checkpoint --all-targets --no-default-features",
     "-p sconce-checkpoint --all-targets --no-default-features --features mmap",
+    "-p sconce-checkpoint --all-targets --no-default-features --features preemption",
     "-p sconce-checkpoint --no-default-features --features candle",
     "-p sconce-fsdp --all-targets",
 ];
@@ -41,8 +42,8 @@ pub(crate) fn run() -> Result<(), String> {
     let readme = std::fs::read_to_string(root().join("README.md")).map_err(|e| format!("README.md: {e}"))?;
     let [main_job, tests] = readme_commands(&readme)?;
     shell(&tests)?;
-    // What the workspace's features hide: crates without candle, and the launcher.
-    cargo("test -p sconce-checkpoint --no-default-features", &[])?;
+    // What the workspace's features hide: crates without candle, signals, and the launcher.
+    cargo("test -p sconce-checkpoint --no-default-features --features preemption", &[])?;
     cargo("test -p sconce-mesh --no-default-features --features launcher", &[])?;
     shell(&format!("{main_job} -- --steps 6"))?;
     if has_mpi {

@@ -6,6 +6,8 @@ use sconce_dtensor::DType;
 use sconce_mesh::Rank;
 use serde::{Deserialize, Serialize};
 
+use crate::series::Skipped;
+
 /// Result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -31,6 +33,20 @@ pub enum Error {
         path: PathBuf,
         /// Whether it is a checkpoint that `overwrite` would replace.
         is_checkpoint: bool,
+    },
+
+    /// Another process saves to the path, or removes what is there.
+    #[error("{path}: in use by another process that writes or removes it", path = path.display())]
+    Busy {
+        /// The path.
+        path: PathBuf,
+    },
+
+    /// Another checkpoint took this one's place while the ranks opened it. Nothing was loaded.
+    #[error("{path}: was replaced while ranks opened it, so that they see different checkpoints", path = path.display())]
+    Replaced {
+        /// The path.
+        path: PathBuf,
     },
 
     /// A directory without a manifest: something else, or a save that was never committed.
@@ -176,6 +192,15 @@ pub enum Error {
         cause: Box<Error>,
     },
 
+    /// A series has checkpoints, and every one of them is damaged.
+    #[error("{path}: no checkpoint is whole: {}", list_skipped(skipped), path = path.display())]
+    NoValidCheckpoint {
+        /// The directory of the series.
+        path: PathBuf,
+        /// Each of them, the newest first.
+        skipped: Vec<Skipped>,
+    },
+
     /// A step failed on some ranks; every rank returns this.
     #[error("{step} failed on {}", list(failures))]
     Ranks {
@@ -212,6 +237,21 @@ impl Error {
         Error::Io { op, path, os_error: cause.raw_os_error(), cause: cause.to_string() }
     }
 
+    /// Whether it says that a checkpoint is damaged or gone, so that an earlier one may serve.
+    pub(crate) fn is_damage(&self) -> bool {
+        let unreadable = [rustix::io::Errno::NOENT, rustix::io::Errno::IO].map(|errno| errno.raw_os_error());
+        match self {
+            Error::Missing { .. }
+            | Error::NotACheckpoint { .. }
+            | Error::Corrupt { .. }
+            | Error::Length { .. } => true,
+            Error::Io { os_error, .. } => os_error.is_some_and(|code| unreadable.contains(&code)),
+            Error::PartlyLoaded { cause, .. } => cause.is_damage(),
+            Error::Ranks { failures, .. } => failures.iter().all(|failure| failure.error.is_damage()),
+            _ => false,
+        }
+    }
+
     pub(crate) fn tensor(fqn: &str, cause: &sconce_dtensor::Error) -> Self {
         Error::Tensor { fqn: fqn.to_owned(), cause: cause.to_string() }
     }
@@ -228,6 +268,11 @@ fn count(names: &[String]) -> String {
 
 fn list(failures: &[RankFailure]) -> String {
     let each: Vec<String> = failures.iter().map(|f| format!("rank {}: {}", f.rank, f.error)).collect();
+    each.join("; ")
+}
+
+fn list_skipped(skipped: &[Skipped]) -> String {
+    let each: Vec<String> = skipped.iter().map(|s| format!("step {}: {}", s.step, s.error)).collect();
     each.join("; ")
 }
 

@@ -10,9 +10,11 @@ mod plan;
 mod planner;
 mod read;
 mod save;
+mod series;
 mod stateful;
 mod storage;
 mod tree;
+mod verify;
 mod wire;
 
 pub use error::{Error, RankFailure, Result};
@@ -27,8 +29,10 @@ pub use plan::{
 };
 pub use planner::{DefaultLoadPlanner, DefaultSavePlanner, LoadPlanner, SavePlanner};
 pub use save::{SaveOptions, SaveReport, save, save_to, save_with};
+pub use series::{Best, Order, Preemption, Resumed, Retention, Series, SeriesOptions, SeriesReport, Skipped};
 pub use stateful::{load_parts, save_parts};
 pub use storage::{
     Access, DataFile, FileSystemReader, FileSystemWriter, LocalFile, StorageReader, StorageWriter,
 };
 pub use tree::Node;
+pub use verify::{VerifyReport, verify, verify_from};

@@ -78,7 +78,7 @@ pub fn load(path: impl AsRef<Path>, state: &mut StateDict<'_>) -> Result<LoadRep
 ///
 /// # Errors
 /// `Missing`, `NotACheckpoint`, `Version`, `Corrupt`, `Length`; `KeyMismatch`, `ShapeMismatch`, `DTypeMismatch`,
-/// `ValueMismatch`, `Uncovered`; `Io`. With a group they come as `Ranks`, the same on every rank, or as `Mesh` if the
+/// `ValueMismatch`, `Uncovered`; `Busy`, `Replaced`, `Io`. With a group they come as `Ranks`, the same on every rank, or as `Mesh` if the
 /// group broke. After them the state is on every rank as it was, unless the error is `PartlyLoaded`, which holds one of
 /// them and says what was overwritten, or `Mesh`.
 ///
@@ -124,6 +124,7 @@ pub fn load_by(
     let ranks = Ranks(options.group);
     let planned = plan(reader, planner, state, options);
     let (metadata, plan) = ranks.all_ok("plan", planned)?;
+    check_same(ranks, reader, &metadata)?;
     let reads = ranks.all_ok("open", Reads::open(reader, &metadata, &plan, state))?;
     reads.run(ranks, state, options.verify)?;
     let values = plan.values.iter().map(|(name, node)| (name.as_str(), node)).collect();
@@ -146,6 +147,16 @@ fn plan(
         return Err(Error::KeyMismatch { path, missing, unexpected });
     }
     Ok((metadata, plan))
+}
+
+/// Refuses to load if another checkpoint took the place of one between two ranks' looks.
+fn check_same(ranks: Ranks<'_>, reader: &dyn StorageReader, metadata: &Metadata) -> Result<()> {
+    if ranks.size() == 1 {
+        return Ok(());
+    }
+    let seen = ranks.gather_all("compare", metadata.fingerprint())?;
+    let is_same = seen.windows(2).all(|pair| pair[0] == pair[1]);
+    is_same.then_some(()).ok_or_else(|| Error::Replaced { path: reader.path().to_owned() })
 }
 
 /// Loads a whole checkpoint of any layout into new memory of one process.

@@ -73,6 +73,19 @@ impl Metadata {
         self.tensors.binary_search_by(|tensor| tensor.fqn.as_str().cmp(fqn)).ok()
     }
 
+    /// A number that two checkpoints share only by chance: of the files' checksums and the values that are no tensors.
+    pub(crate) fn fingerprint(&self) -> Result<u32> {
+        let mut hasher = crc32fast::Hasher::new();
+        for file in &self.files {
+            hasher.update(file.name.as_bytes());
+            hasher.update(&file.len_bytes.to_le_bytes());
+            file.block_crcs.iter().flatten().for_each(|crc| hasher.update(&crc.to_le_bytes()));
+        }
+        let tree = serde_json::to_vec(&self.tree);
+        hasher.update(&tree.map_err(|e| Error::Tensor { fqn: String::new(), cause: e.to_string() })?);
+        Ok(hasher.finalize())
+    }
+
     /// The layout of a save with the place of each chunk: `written` is what each rank reports, by rank.
     ///
     /// # Errors

@@ -26,6 +26,7 @@ use crate::storage::{DataFile, StorageReader};
 use crate::{Error, Result};
 
 use blocks::Marks;
+pub(crate) use blocks::Verified;
 use copy::{Copier, runs_of};
 use targets::{Copying, Job};
 

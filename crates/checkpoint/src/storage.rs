@@ -3,9 +3,12 @@
 pub(crate) mod commit;
 mod directory;
 mod file;
+mod held;
 mod local_file;
+pub(crate) mod lock;
 #[cfg(feature = "mmap")]
 mod mmap;
+pub(crate) mod remove;
 
 use sconce_dtensor::StateDict;
 

@@ -64,6 +64,15 @@ impl Node {
         leaves.into_iter().map(|(name, _)| name)
     }
 
+    /// The number of that flattened name.
+    pub(crate) fn number(&self, name: &str) -> Option<f64> {
+        match self.leaves().into_iter().find(|(leaf, _)| leaf == name)?.1 {
+            Node::Float(bits) => Some(f64::from_bits(*bits)),
+            Node::Int(int) => Some(*int as f64),
+            _ => None,
+        }
+    }
+
     fn collect_leaves<'n>(&'n self, at: String, leaves: &mut Vec<(String, &'n Node)>) {
         match self {
             Node::Map(entries) => {

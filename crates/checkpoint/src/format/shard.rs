@@ -30,6 +30,11 @@ pub(crate) fn file_name(writer: usize, nth: usize, n_files: usize) -> String {
     format!("shard-{:05}-model-{:05}-of-{:05}.safetensors", writer + 1, nth + 1, n_files)
 }
 
+/// Whether a file of that name is one that a rank wrote.
+pub(crate) fn is_file_name(name: &str) -> bool {
+    name.starts_with("shard-") && name.ends_with(".safetensors")
+}
+
 /// Puts the entries in the order in which they lie in the file.
 pub(crate) fn order<T>(entries: &mut [T], dtype: impl Fn(&T) -> DType) {
     entries.sort_by_key(|entry| std::cmp::Reverse(dtype(entry).size_bytes()));

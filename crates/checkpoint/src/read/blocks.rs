@@ -83,7 +83,7 @@ fn blocks_of(run: &ReadRun) -> (usize, usize) {
 
 /// The blocks that a thread verified last: small tensors share one, and boxes that come from several files alternate.
 #[derive(Default)]
-pub(super) struct Verified {
+pub(crate) struct Verified {
     /// The latest first.
     recent: Vec<Block>,
 }
@@ -104,7 +104,7 @@ impl Verified {
     ///
     /// # Errors
     /// `Corrupt` naming file and block; `Io`.
-    pub(super) fn block<'b>(
+    pub(crate) fn block<'b>(
         &'b mut self,
         file: usize,
         block: usize,

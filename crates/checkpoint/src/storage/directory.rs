@@ -2,15 +2,16 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
-use std::io::Read as _;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use indexmap::IndexMap;
 use sconce_dtensor::{Fqn, LocalTensor, StateDict, box_len_bytes};
 
-use super::file::{Contents, Piece, write_file, write_small_file};
-use super::local_file::open_regular;
+use super::commit::Staging;
+use super::file::{Contents, Piece, write_file};
+use super::held::Held;
 use super::{Access, DataFile, LocalFile, StorageReader, StorageWriter, commit};
 use crate::format::{MANIFEST_NAME, manifest, shard};
 use crate::metadata::{FileMetadata, Metadata};
@@ -19,20 +20,24 @@ use crate::save::SaveReport;
 use crate::{Error, Result};
 
 /// Writes a checkpoint of format 1 beside its place and publishes it by one rename.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct FileSystemWriter {
     path: PathBuf,
     overwrite: bool,
     sync: bool,
     /// On the coordinator, while a save runs.
-    staging: Option<PathBuf>,
+    staging: Option<Staging>,
 }
 
 /// Reads a checkpoint of format 1.
+///
+/// From its first call on it holds the checkpoint that is there then: nobody removes its files while the reader lives,
+/// and when another takes its name, this one is read on.
 #[derive(Debug, Clone)]
 pub struct FileSystemReader {
     path: PathBuf,
     access: Access,
+    held: OnceLock<Arc<Held>>,
 }
 
 impl FileSystemWriter {
@@ -45,17 +50,25 @@ impl FileSystemWriter {
 impl FileSystemReader {
     /// A reader of the checkpoint at `path`.
     pub fn new(path: impl Into<PathBuf>, access: Access) -> Self {
-        Self { path: path.into(), access }
+        Self { path: path.into(), access, held: OnceLock::new() }
+    }
+
+    fn held(&self) -> Result<&Held> {
+        if let Some(held) = self.held.get() {
+            return Ok(held);
+        }
+        let held = Arc::new(Held::open(&self.path)?);
+        Ok(self.held.get_or_init(|| held))
     }
 }
 
 impl StorageWriter for FileSystemWriter {
     fn prepare(&mut self, layout: &Layout) -> Result<Vec<u8>> {
-        let staging = self.staging.insert(commit::prepare(&self.path, self.overwrite)?);
+        let staging = self.staging.insert(commit::prepare(&self.path, self.overwrite, self.sync)?);
         let writers: HashSet<usize> =
             layout.tensors.iter().flat_map(|t| &t.chunks).map(|c| c.writer).collect();
         let n_writers = (writers.len() as u64).to_le_bytes();
-        Ok([&n_writers[..], staging.as_os_str().as_bytes()].concat())
+        Ok([&n_writers[..], staging.dir().as_os_str().as_bytes()].concat())
     }
 
     fn write(&mut self, place: &[u8], plan: &WritePlan, state: &StateDict<'_>) -> Result<Vec<WrittenFile>> {
@@ -75,61 +88,52 @@ impl StorageWriter for FileSystemWriter {
     }
 
     fn finish(&mut self, layout: Layout, written: Vec<Vec<WrittenFile>>) -> Result<SaveReport> {
-        let Some(staging) = &self.staging else {
+        let Some(mut staging) = self.staging.take() else {
             unreachable!("the coordinator prepared the place before it finishes");
         };
-        let metadata = Metadata::located(layout, written)?;
-        write_small_file(&staging.join(MANIFEST_NAME), manifest::encode(&metadata)?, self.sync)?;
+        let filled = Metadata::located(layout, written).and_then(|metadata| {
+            staging.write_manifest(&manifest::encode(&metadata)?, self.sync)?;
+            Ok(metadata)
+        });
+        let metadata = match filled {
+            Ok(metadata) => metadata,
+            Err(error) => {
+                commit::abandon(staging);
+                return Err(error);
+            }
+        };
         commit::publish(staging, &self.path, self.sync)?;
-        self.staging = None;
         let data_bytes = metadata.files.iter().map(|file| file.len_bytes).sum();
         Ok(SaveReport { data_bytes, n_files: metadata.files.len() })
     }
 
     fn discard(&mut self) {
         if let Some(staging) = self.staging.take() {
-            commit::discard(&staging);
+            commit::abandon(staging);
         }
     }
 }
 
 impl StorageReader for FileSystemReader {
     /// # Errors
-    /// `Missing`, `NotACheckpoint`, `Version`, `Corrupt`, `Io`.
+    /// `Missing`, `NotACheckpoint`, `Version`, `Corrupt`, `Busy`, `Io`.
     fn read_metadata(&self) -> Result<Metadata> {
         let file = self.path.join(MANIFEST_NAME);
-        match read_regular(&file) {
-            Ok(bytes) => manifest::decode(&file, &bytes),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !self.path.exists() => {
-                Err(Error::Missing { path: self.path.clone() })
-            }
-            Err(e)
-                if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) =>
-            {
-                let reason =
-                    format!("it has no {MANIFEST_NAME}: it was never committed, or is something else");
-                Err(Error::NotACheckpoint { path: self.path.clone(), reason })
-            }
-            Err(e) => Err(Error::io("read", &file, &e)),
-        }
+        let bytes = self.held()?.manifest().map_err(|e| Error::io("read", &file, &e))?;
+        manifest::decode(&file, &bytes)
     }
 
     /// # Errors
     /// `Io`, `Length`.
     fn open(&self, file: &FileMetadata) -> Result<Box<dyn DataFile>> {
-        Ok(Box::new(LocalFile::open(self.path.join(&file.name), file.len_bytes, self.access)?))
+        let path = self.path.join(&file.name);
+        let open = self.held()?.file(&file.name).map_err(|e| Error::io("open", &path, &e))?;
+        Ok(Box::new(LocalFile::of(open, path, file.len_bytes, self.access)?))
     }
 
     fn path(&self) -> &Path {
         &self.path
     }
-}
-
-fn read_regular(path: &Path) -> std::io::Result<Vec<u8>> {
-    let mut file = open_regular(path)?;
-    let mut bytes = Vec::with_capacity(usize::try_from(file.metadata()?.len()).unwrap_or(0));
-    file.read_to_end(&mut bytes)?;
-    Ok(bytes)
 }
 
 /// Positions of the items of each file: the k-th box of a tensor goes to the k-th file.

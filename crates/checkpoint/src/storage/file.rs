@@ -82,11 +82,6 @@ pub(super) fn write_file(
     Ok((len_bytes, crcs.concat()))
 }
 
-/// Writes a new file of few bytes.
-pub(super) fn write_small_file(path: &Path, bytes: Vec<u8>, sync: bool) -> Result<()> {
-    write_file(path, &Contents { header: bytes, pieces: Vec::new() }, 1, sync).map(drop)
-}
-
 /// Every part, each on a thread of its own; the first on this one.
 fn run_parts<T: Send>(n: u64, part: &(impl Fn(u64) -> Result<T> + Sync)) -> Result<Vec<T>> {
     std::thread::scope(|scope| {

@@ -1,8 +1,12 @@
 //! A data file of the local file system being read: its length checked, its bytes lent in pieces.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::path::Arg;
 
 use super::DataFile;
 #[cfg(feature = "mmap")]
@@ -47,8 +51,13 @@ impl LocalFile {
     /// `Io`, `Length`.
     pub fn open(path: impl Into<PathBuf>, len_bytes: u64, access: Access) -> Result<Self> {
         let path = path.into();
+        let file = open_regular(CWD, &path).map_err(|e| Error::io("open", &path, &e))?;
+        Self::of(file, path, len_bytes, access)
+    }
+
+    /// A file that is open; `path` is its name in messages.
+    pub(super) fn of(file: File, path: PathBuf, len_bytes: u64, access: Access) -> Result<Self> {
         let io = |op: &str, error: &std::io::Error| Error::io(op, &path, error);
-        let file = open_regular(&path).map_err(|e| io("open", &e))?;
         let got = file.metadata().map_err(|e| io("stat", &e))?.len();
         if got != len_bytes {
             return Err(Error::Length { path, expected: len_bytes, got });
@@ -59,9 +68,9 @@ impl LocalFile {
 }
 
 /// Opens a file of which nothing is believed: one that is not regular is an error. A pipe would keep us waiting for a writer.
-pub(super) fn open_regular(path: &Path) -> std::io::Result<File> {
-    let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+pub(super) fn open_regular(dir: impl AsFd, path: impl Arg) -> std::io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = File::from(openat(dir, path, flags, Mode::empty())?);
     if file.metadata()?.is_file() {
         return Ok(file);
     }

@@ -52,6 +52,8 @@ fn an_existing_file_is_never_written_to() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("f");
     std::fs::write(&path, "old").unwrap();
-    assert!(matches!(write_small_file(&path, vec![1], false), Err(Error::Io { op, .. }) if op == "create"));
+    let contents = Contents { header: vec![1], pieces: Vec::new() };
+    let refused = write_file(&path, &contents, 1, false);
+    assert!(matches!(refused, Err(Error::Io { op, .. }) if op == "create"));
     assert_eq!(std::fs::read(&path).unwrap(), b"old");
 }
