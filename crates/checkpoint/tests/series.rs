@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::ranks;
 use sconce_checkpoint::{
-    Best, Error, MANIFEST_NAME, Order, Preemption, Retention, SaveOptions, Series, SeriesOptions, load_new,
-    read_metadata, save, save_with,
+    Access, Best, Error, FileSystemReader, LoadOptions, MANIFEST_NAME, Order, Preemption, Retention,
+    SaveOptions, Series, SeriesOptions, StorageReader, load_from, load_new, read_metadata, save, save_with,
 };
 use sconce_dtensor::{DType, StateDict, TensorBox, TensorBuf, Value};
 
@@ -157,12 +157,14 @@ fn a_replaced_checkpoint_stays_readable_to_whoever_reads_it_and_goes_later() {
     let path = dir.path().join("c");
     let overwrite = SaveOptions { overwrite: true, ..SaveOptions::default() };
     save(&path, &state(1, 0, 1)).unwrap();
-    let reader = File::open(path.join(MANIFEST_NAME)).unwrap();
-    reader.lock_shared().unwrap();
+    let reader = FileSystemReader::new(&path, Access::positional());
+    reader.read_metadata().unwrap();
     save_with(&path, &state(2, 0, 1), overwrite).unwrap();
     assert_eq!(names(dir.path()), ["c", "c.old-0"]);
     assert_eq!(step_of(&load_new(&path).unwrap()), 2);
-    assert_eq!(step_of(&load_new(dir.path().join("c.old-0")).unwrap()), 1);
+    let mut loaded = state(0, 0, 1);
+    load_from(&reader, &mut loaded, LoadOptions::default()).unwrap();
+    assert_eq!(step_of(&loaded), 1);
     drop(reader);
     save_with(&path, &state(3, 0, 1), overwrite).unwrap();
     assert_eq!(names(dir.path()), ["c"]);
@@ -180,7 +182,9 @@ fn what_a_dead_writer_left_goes_and_what_a_live_one_writes_stays() {
         ("other.tmp", Some(MANIFEST_NAME)),
     ] {
         fs::create_dir(dir.path().join(name)).unwrap();
-        file.map(|file| fs::write(dir.path().join(name).join(file), "").unwrap());
+        if let Some(file) = file {
+            fs::write(dir.path().join(name).join(file), "").unwrap();
+        }
     }
     let writer = File::open(dir.path().join("step-000004.tmp").join(MANIFEST_NAME)).unwrap();
     writer.lock().unwrap();
