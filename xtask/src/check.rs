@@ -6,7 +6,7 @@ use std::time::Instant;
 use crate::{mpi_test, root, surface, tidy};
 
 /// Feature sets that must build and lint clean: the default, none, and each alone.
-const FEATURE_SETS: [&str; 12] = [
+const FEATURE_SETS: &[&str] = &[
     "--workspace --all-targets",
     "-p sconce-mesh --all-targets --no-default-features",
     "-p sconce-mesh --all-targets --no-default-features --features tcp-store",
