@@ -3,12 +3,14 @@
 
 mod checkpoint;
 mod collectives;
+mod fsdp;
 
 use std::process::Command;
 
 use crate::root;
 
-const USAGE: &str = "usage: cargo xtask bench checkpoint [--torch PYTHON] | collectives [--torch PYTHON] [--ferrotorch] | overlap | store";
+const USAGE: &str = "usage: cargo xtask bench checkpoint [--torch PYTHON] | collectives [--torch PYTHON] [--ferrotorch] \
+                     | fsdp [--torch PYTHON] | overlap | store";
 
 /// Runs the benchmark that `arguments` name.
 pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
@@ -16,6 +18,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
     match (name.as_str(), rest) {
         ("checkpoint", rest) => checkpoint::run(rest),
         ("collectives", rest) => collectives::run(rest),
+        ("fsdp", rest) => fsdp::run(rest),
         ("overlap" | "store", []) => shown(mesh_bench(name)),
         _ => Err(USAGE.to_owned()),
     }

@@ -1,9 +1,11 @@
-//! A decoder-only transformer made of plain candle_nn constructors. It knows nothing of sharding, except that the
-//! caller may wrap its blocks.
+//! A decoder-only transformer made of fused modules, which candle_nn's of the same names could replace. It knows nothing
+//! of sharding, except that the caller may wrap its blocks.
 
-use candle_core::{D, DType, Device, Result, Tensor};
-use candle_nn::{
-    Embedding, LayerNorm, Linear, Module, VarBuilder, embedding, layer_norm_no_bias, linear, linear_no_bias,
+use candle_core::{Result, Tensor};
+use candle_nn::{Module, VarBuilder};
+use sconce_fsdp::nn::{
+    Embedding, LayerNorm, Linear, causal_attention, embedding, gelu, layer_norm_no_bias, linear,
+    linear_no_bias,
 };
 
 use crate::AnyResult;
@@ -68,12 +70,10 @@ pub(crate) struct Block {
     norm2: LayerNorm,
     up: Linear,
     down: Linear,
-    mask: Tensor,
 }
 
 impl Block {
     fn new(vb: VarBuilder<'_>) -> Result<Self> {
-        let future = (0..CONTEXT).flat_map(|i| (0..CONTEXT).map(move |j| if j > i { -1e9f32 } else { 0.0 }));
         Ok(Self {
             norm1: layer_norm_no_bias(WIDTH, 1e-5, vb.pp("norm1"))?,
             qkv: linear_no_bias(WIDTH, 3 * WIDTH, vb.pp("qkv"))?,
@@ -81,28 +81,15 @@ impl Block {
             norm2: layer_norm_no_bias(WIDTH, 1e-5, vb.pp("norm2"))?,
             up: linear(WIDTH, 4 * WIDTH, vb.pp("up"))?,
             down: linear(4 * WIDTH, WIDTH, vb.pp("down"))?,
-            mask: Tensor::from_iter(future, &Device::Cpu)?
-                .reshape((CONTEXT, CONTEXT))?
-                .to_dtype(DType::F32)?,
         })
-    }
-
-    fn attention(&self, x: &Tensor) -> Result<Tensor> {
-        let (batch, context, _) = x.dims3()?;
-        let qkv = self.qkv.forward(x)?.reshape((batch, context, 3, HEADS, WIDTH / HEADS))?;
-        let part = |nth: usize| qkv.narrow(2, nth, 1)?.squeeze(2)?.transpose(1, 2)?.contiguous();
-        let (q, k, v) = (part(0)?, part(1)?, part(2)?);
-        let scale = 1.0 / ((WIDTH / HEADS) as f64).sqrt();
-        let scores = q.matmul(&k.t()?)?.affine(scale, 0.0)?.broadcast_add(&self.mask)?;
-        let mixed = candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&v)?;
-        self.out.forward(&mixed.transpose(1, 2)?.reshape((batch, context, WIDTH))?)
     }
 }
 
 impl Module for Block {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = (x + self.attention(&self.norm1.forward(x)?)?)?;
-        let hidden = self.up.forward(&self.norm2.forward(&x)?)?.gelu()?;
+        let mixed = causal_attention(&self.qkv.forward(&self.norm1.forward(x)?)?, HEADS)?;
+        let x = (x + self.out.forward(&mixed)?)?;
+        let hidden = gelu(&self.up.forward(&self.norm2.forward(&x)?)?)?;
         x + self.down.forward(&hidden)?
     }
 }

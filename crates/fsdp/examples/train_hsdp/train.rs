@@ -4,9 +4,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
-use candle_nn::{Module, loss::cross_entropy};
+use candle_nn::Module;
 use sconce_checkpoint::{LoadOptions, SaveOptions, load_with, save_with};
 use sconce_dtensor::{StateDict, Value};
+use sconce_fsdp::nn::cross_entropy;
 use sconce_fsdp::{
     Adam, AdamConfig, Fsdp, FsdpBuilder, FsdpConfig, Optimizer, ShardingStrategy, StateDictType, WrapPolicy,
 };
