@@ -64,6 +64,12 @@ pub(crate) fn text_of(texts: &[(Rank, String)], rank: Rank) -> &str {
     texts.iter().find(|(other, _)| *other == rank).map_or("", |(_, text)| text)
 }
 
+/// Fills bytes of the part for a group rank, from an offset in that part.
+pub(crate) type Fill<'f> = dyn FnMut(usize, usize, &mut [u8]) -> Result<()> + 'f;
+
+/// Takes bytes of the part from a group rank, from an offset in that part.
+pub(crate) type Drain<'d> = dyn FnMut(usize, usize, &[u8]) -> Result<()> + 'd;
+
 /// One rank's end of one group.
 ///
 /// Call order: all ranks of the group issue the same calls in the same order. A backend that can tell answers
@@ -108,9 +114,48 @@ pub(crate) trait Backend: Send + Sync {
         receive: &[usize],
     ) -> Result<()>;
 
+    /// `all_gather` whose result goes to `drain` in pieces, each rank's in ascending order, this one's included.
+    fn all_gather_streamed(
+        &self,
+        call: Call,
+        input: &[u8],
+        counts: &[usize],
+        drain: &mut Drain<'_>,
+    ) -> Result<()> {
+        let mut output = aligned(counts.iter().sum());
+        let output = &mut bytemuck::cast_slice_mut(&mut output)[..counts.iter().sum()];
+        self.all_gather(call, input, counts, &mut [output])?;
+        let starts = pieces::offsets(counts);
+        (0..counts.len()).try_for_each(|g| drain(g, 0, &output[starts[g]..][..counts[g]]))
+    }
+
+    /// Uneven `all_to_all` whose parts are made and taken in pieces, each rank's in ascending order. No rank sends to
+    /// itself. Where a backend has no way of its own, the parts are staged.
+    fn all_to_all_streamed(
+        &self,
+        call: Call,
+        send: &[usize],
+        receive: &[usize],
+        fill: &mut Fill<'_>,
+        drain: &mut Drain<'_>,
+    ) -> Result<()> {
+        let (mut input, mut output) = (aligned(send.iter().sum()), aligned(receive.iter().sum()));
+        let input = &mut bytemuck::cast_slice_mut(&mut input)[..send.iter().sum()];
+        let output = &mut bytemuck::cast_slice_mut(&mut output)[..receive.iter().sum()];
+        let (from, to) = (pieces::offsets(send), pieces::offsets(receive));
+        (0..send.len()).try_for_each(|g| fill(g, 0, &mut input[from[g]..][..send[g]]))?;
+        self.all_to_all(call, input, send, output, receive)?;
+        (0..receive.len()).try_for_each(|g| drain(g, 0, &output[to[g]..][..receive[g]]))
+    }
+
     /// Fails the group on every rank, with `Aborted` naming this one; pending calls return too.
     fn abort(&self);
 
     /// Why the group failed, if it did.
     fn failure(&self) -> Option<Error>;
+}
+
+/// Room for `len_bytes` bytes that may be viewed as any element type.
+fn aligned(len_bytes: usize) -> Vec<u64> {
+    vec![0; len_bytes.div_ceil(8)]
 }

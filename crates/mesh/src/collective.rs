@@ -11,6 +11,7 @@ mod check;
 mod objects;
 mod p2p;
 mod rooted;
+mod streamed;
 
 pub(crate) use self::check::in_group;
 use self::check::{len_is, n_counts, total};

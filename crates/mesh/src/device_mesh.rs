@@ -2,8 +2,9 @@
 //!
 //! The geometry is in `layout.rs`; here are the names, the groups and their order of creation.
 
+use std::collections::HashMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::layout::MeshLayout;
 use crate::{Error, ProcessGroup, Rank, Result};
@@ -46,6 +47,8 @@ struct Inner {
     /// The group along each dim that holds this rank.
     dim_groups: Vec<ProcessGroup>,
     mesh_group: ProcessGroup,
+    /// Groups along several dims that were asked for.
+    joint_groups: Mutex<HashMap<Vec<usize>, ProcessGroup>>,
 }
 
 impl DeviceMesh {
@@ -149,7 +152,9 @@ impl DeviceMesh {
         mesh_group: ProcessGroup,
     ) -> DeviceMesh {
         let coordinate = layout.coordinate_of(mesh_group.rank());
-        let inner = Inner { device_type, layout, dim_names, coordinate, dim_groups, mesh_group };
+        let joint_groups = Mutex::default();
+        let inner =
+            Inner { device_type, layout, dim_names, coordinate, dim_groups, mesh_group, joint_groups };
         DeviceMesh { inner: Arc::new(inner) }
     }
 
@@ -202,6 +207,34 @@ impl DeviceMesh {
         groups
             .get(dim)
             .ok_or_else(|| invalid("dim", format!("a dim below {}", groups.len()), dim.to_string()))
+    }
+
+    /// The group along several dims together that holds this rank, in row-major order of their coordinates.
+    ///
+    /// Ranks:  collective over the mesh where the group is new; all ranks pass the same dims, ascending.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the dims do not ascend or the mesh has not all of them; as a collective, `Mismatch`,
+    /// `PeerLost` and `Timeout`.
+    pub fn joint_group(&self, dims: &[usize]) -> Result<ProcessGroup> {
+        if dims.windows(2).any(|pair| pair[0] >= pair[1]) || dims.last().is_some_and(|dim| *dim >= self.ndim()) {
+            return Err(invalid("dims", format!("ascending dims below {}", self.ndim()), format!("{dims:?}")));
+        }
+        if dims.len() == self.ndim() {
+            return Ok(self.mesh_group().clone());
+        }
+        if let [dim] = dims {
+            return self.group(*dim).cloned();
+        }
+        let groups = || self.inner.joint_groups.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(group) = groups().get(dims) {
+            return Ok(group.clone());
+        }
+        let slices = self.inner.layout.slices(dims);
+        let partition: Vec<Vec<Rank>> = slices.iter().map(|slice| slice.ranks().to_vec()).collect();
+        let group = own(self.mesh_group(), &partition)?;
+        groups().insert(dims.to_vec(), group.clone());
+        Ok(group)
     }
 
     /// The group along the dim of this name.

@@ -39,6 +39,9 @@ pub struct CollectiveRecord {
     pub seq: u64,
     /// The call, as in error messages; sizes are those of this rank's longest buffer.
     pub call: String,
+    /// Bytes that this rank takes from the others, by an algorithm that moves the fewest: what it lacks of a gather or
+    /// an exchange, the others' terms of a reduction, and of an all_reduce their results as well.
+    pub received_bytes: usize,
     /// Name of the thread that made the call.
     pub thread: String,
     /// When it was called, since the Unix epoch.
@@ -99,6 +102,7 @@ pub(crate) struct Described {
     pub(crate) call: Option<Call>,
     pub(crate) op: Option<ReduceOp>,
     pub(crate) bytes: usize,
+    pub(crate) received: usize,
 }
 
 impl fmt::Display for Described {
@@ -115,6 +119,16 @@ impl FlightRecorder {
     pub(crate) fn new(group: String, ranks: Arc<[Rank]>, rank: Rank) -> Self {
         let ring = Mutex::new(Ring { seq: 0, entries: VecDeque::new() });
         FlightRecorder { group, ranks, rank, origin: (Instant::now(), SystemTime::now()), ring }
+    }
+
+    /// Ranks of the group.
+    pub(crate) fn n_ranks(&self) -> usize {
+        self.ranks.len()
+    }
+
+    /// This rank in the group.
+    pub(crate) fn group_rank(&self) -> usize {
+        self.ranks.iter().position(|rank| *rank == self.rank).unwrap_or(0)
     }
 
     /// Records that a call begins, and returns its number.
@@ -150,6 +164,7 @@ impl FlightRecorder {
         CollectiveRecord {
             seq: entry.seq,
             call: entry.call.to_string(),
+            received_bytes: entry.call.received,
             thread: entry.thread.name().unwrap_or("unnamed").to_owned(),
             started: started.duration_since(UNIX_EPOCH).unwrap_or_default(),
             elapsed: ended.duration_since(entry.started),
@@ -175,11 +190,11 @@ impl FlightRecord {
     }
 
     fn event(&self, collective: &CollectiveRecord) -> String {
-        let CollectiveRecord { seq, call, thread, started, elapsed, state } = collective;
+        let CollectiveRecord { seq, call, received_bytes, thread, started, elapsed, state } = collective;
         let name = call.split('(').next().unwrap_or(call);
         format!(
             "{{\"name\":{},\"cat\":\"collective\",\"ph\":\"X\",\"ts\":{},\"dur\":{},\"pid\":{},\"tid\":{},\
-             \"args\":{{\"group\":{},\"seq\":{seq},\"call\":{},\"state\":\"{}\"}}}}",
+             \"args\":{{\"group\":{},\"seq\":{seq},\"call\":{},\"received_bytes\":{received_bytes},\"state\":\"{}\"}}}}",
             json(name),
             micros(*started),
             micros(*elapsed),
@@ -231,7 +246,7 @@ mod tests {
 
     fn call(bytes: usize) -> Described {
         let call = Call::rooted(CallName::Reduce, DType::F32, GroupRank(1));
-        Described { call: Some(call), op: Some(ReduceOp::Sum), bytes }
+        Described { call: Some(call), op: Some(ReduceOp::Sum), bytes, received: 0 }
     }
 
     fn recorder() -> FlightRecorder {
@@ -264,7 +279,7 @@ mod tests {
         recorder.end(recorder.begin(call(4)), CollectiveState::Failed);
         let timeline = FlightRecord::timeline(&[recorder.snapshot(), recorder.snapshot()]);
         assert_eq!(timeline.matches("\"ph\":\"X\"").count(), 2);
-        let expected = r#""args":{"group":"a \"group\"","seq":1,"call":"reduce(sum, root 1, f32, 4 bytes)","state":"failed"}}"#;
+        let expected = r#""args":{"group":"a \"group\"","seq":1,"call":"reduce(sum, root 1, f32, 4 bytes)","received_bytes":0,"state":"failed"}}"#;
         assert!(timeline.contains(expected), "{timeline}");
         assert_eq!(json("a\n"), "\"a\\u000a\"");
     }

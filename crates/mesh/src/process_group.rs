@@ -243,6 +243,11 @@ impl ProcessGroup {
         Arc::ptr_eq(&self.group, &other.group)
     }
 
+    /// Whether both handles are of groups of one world, as one rank sees it.
+    pub fn same_world(&self, other: &ProcessGroup) -> bool {
+        Arc::ptr_eq(&self.world, &other.world)
+    }
+
     /// Fails the group on every rank with `Aborted` naming this one; pending collectives return as well.
     ///
     /// For a rank that cannot go on and must not let the others wait for the deadline.

@@ -25,7 +25,7 @@ use self::liveness::Watch;
 use self::rendezvous::Joined;
 use self::segment::Geometry;
 use super::fingerprint::Fingerprint;
-use super::{Backend, Call, CallName, Invitation, Membership, WorldBackend, text_of};
+use super::{Backend, Call, CallName, Drain, Fill, Invitation, Membership, WorldBackend, text_of};
 use crate::{Error, GroupRank, Rank, ReduceOp, Result, Store};
 
 /// One rank's membership of a world of this host. Dropping it leaves the world.
@@ -262,6 +262,36 @@ impl Backend for Endpoint {
             |x| {
                 let (x, longest) = if even { (x, bytes) } else { rounds::agree_on_counts(x, send, receive)? };
                 rounds::all_to_all(x, input, send, output, receive, longest)
+            },
+        )
+    }
+
+    fn all_gather_streamed(
+        &self,
+        call: Call,
+        input: &[u8],
+        counts: &[usize],
+        drain: &mut Drain<'_>,
+    ) -> Result<()> {
+        self.run(
+            |seq| Fingerprint::counted(seq, call, counts),
+            |x| rounds::all_gather_streamed(x, input, counts, drain),
+        )
+    }
+
+    fn all_to_all_streamed(
+        &self,
+        call: Call,
+        send: &[usize],
+        receive: &[usize],
+        fill: &mut Fill<'_>,
+        drain: &mut Drain<'_>,
+    ) -> Result<()> {
+        self.run(
+            |seq| Fingerprint::new(seq, call, 0),
+            |x| {
+                let (x, longest) = rounds::agree_on_counts(x, send, receive)?;
+                rounds::all_to_all_streamed(x, send, receive, (fill, drain), longest)
             },
         )
     }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{Backend, Call};
+use super::{Backend, Call, Drain, Fill};
 use crate::flight_recorder::{CollectiveState, Described, FlightRecorder};
 use crate::{Error, GroupRank, ReduceOp, Result};
 
@@ -14,12 +14,15 @@ const DUMP_DIR: &str = "SCONCE_FLIGHT_DIR";
 pub(crate) struct Recorded {
     inner: Box<dyn Backend>,
     recorder: Arc<FlightRecorder>,
+    /// This rank in the group.
+    me: usize,
     dumped: AtomicBool,
 }
 
 impl Recorded {
     pub(crate) fn new(inner: Box<dyn Backend>, recorder: Arc<FlightRecorder>) -> Self {
-        Recorded { inner, recorder, dumped: AtomicBool::new(false) }
+        let me = recorder.group_rank();
+        Recorded { inner, recorder, me, dumped: AtomicBool::new(false) }
     }
 
     fn record(&self, call: Described, run: impl FnOnce(&dyn Backend) -> Result<()>) -> Result<()> {
@@ -47,25 +50,40 @@ impl Recorded {
     }
 }
 
-fn described(call: Call, op: Option<ReduceOp>, bytes: usize) -> Described {
-    Described { call: Some(call), op, bytes }
+fn described(call: Call, op: Option<ReduceOp>, bytes: usize, received: usize) -> Described {
+    Described { call: Some(call), op, bytes, received }
+}
+
+/// What the others hold of `counts`, one a rank.
+fn of_others(counts: &[usize], me: usize) -> usize {
+    counts.iter().enumerate().filter(|(g, _)| *g != me).map(|(_, count)| count).sum()
+}
+
+/// The part of an all_reduce of `bytes` that rank `me` of `n` reduces, in the others' terms, and the parts that they
+/// reduce.
+fn all_reduce_received(bytes: usize, n: usize, me: usize) -> usize {
+    let own = bytes * (me + 1) / n - bytes * me / n;
+    (n - 1) * own + bytes - own
 }
 
 impl Backend for Recorded {
     fn barrier(&self) -> Result<()> {
-        self.record(Described { call: None, op: None, bytes: 0 }, |inner| inner.barrier())
+        self.record(Described { call: None, op: None, bytes: 0, received: 0 }, |inner| inner.barrier())
     }
 
     fn broadcast(&self, call: Call, buffer: &mut [u8], root: GroupRank) -> Result<()> {
-        self.record(described(call, None, buffer.len()), |inner| inner.broadcast(call, buffer, root))
+        let received = if self.me == root.0 { 0 } else { buffer.len() };
+        self.record(described(call, None, buffer.len(), received), |inner| inner.broadcast(call, buffer, root))
     }
 
     fn all_reduce(&self, call: Call, buffer: &mut [u8], op: ReduceOp) -> Result<()> {
-        self.record(described(call, Some(op), buffer.len()), |inner| inner.all_reduce(call, buffer, op))
+        let received = all_reduce_received(buffer.len(), self.recorder.n_ranks(), self.me);
+        let call_with_sizes = described(call, Some(op), buffer.len(), received);
+        self.record(call_with_sizes, |inner| inner.all_reduce(call, buffer, op))
     }
 
     fn all_gather(&self, call: Call, input: &[u8], counts: &[usize], output: &mut [&mut [u8]]) -> Result<()> {
-        let call_with_sizes = described(call, None, counts.iter().sum());
+        let call_with_sizes = described(call, None, counts.iter().sum(), of_others(counts, self.me));
         self.record(call_with_sizes, |inner| inner.all_gather(call, input, counts, output))
     }
 
@@ -77,7 +95,8 @@ impl Backend for Recorded {
         counts: &[usize],
         output: &mut [u8],
     ) -> Result<()> {
-        let call_with_sizes = described(call, Some(op), counts.iter().sum());
+        let received = (self.recorder.n_ranks() - 1) * output.len();
+        let call_with_sizes = described(call, Some(op), counts.iter().sum(), received);
         self.record(call_with_sizes, |inner| inner.reduce_scatter(call, op, input, counts, output))
     }
 
@@ -89,8 +108,33 @@ impl Backend for Recorded {
         output: &mut [u8],
         receive: &[usize],
     ) -> Result<()> {
-        let call_with_sizes = described(call, None, input.len().max(output.len()));
+        let bytes = input.len().max(output.len());
+        let call_with_sizes = described(call, None, bytes, of_others(receive, self.me));
         self.record(call_with_sizes, |inner| inner.all_to_all(call, input, send, output, receive))
+    }
+
+    fn all_gather_streamed(
+        &self,
+        call: Call,
+        input: &[u8],
+        counts: &[usize],
+        drain: &mut Drain<'_>,
+    ) -> Result<()> {
+        let call_with_sizes = described(call, None, counts.iter().sum(), of_others(counts, self.me));
+        self.record(call_with_sizes, |inner| inner.all_gather_streamed(call, input, counts, drain))
+    }
+
+    fn all_to_all_streamed(
+        &self,
+        call: Call,
+        send: &[usize],
+        receive: &[usize],
+        fill: &mut Fill<'_>,
+        drain: &mut Drain<'_>,
+    ) -> Result<()> {
+        let bytes = send.iter().sum::<usize>().max(receive.iter().sum());
+        let call_with_sizes = described(call, None, bytes, of_others(receive, self.me));
+        self.record(call_with_sizes, |inner| inner.all_to_all_streamed(call, send, receive, fill, drain))
     }
 
     fn abort(&self) {

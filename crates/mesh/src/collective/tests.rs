@@ -37,6 +37,97 @@ fn run_with<R: Send>(
     })
 }
 
+/// Byte `i` of what rank `from` has for rank `to`.
+fn streamed_byte(from: usize, to: usize, i: usize) -> u8 {
+    (i * 7 + from * 31 + to * 3) as u8
+}
+
+#[test]
+fn streamed_parts_arrive_whole_and_in_order() {
+    for (n, len) in WORLDS.into_iter().flat_map(|n| [0, 1, 5000, 3_000_001].map(|len| (n, len))) {
+        // Rank r sends len + r + 2 g bytes to rank g.
+        let count = |from: usize, to: usize| if from == to { 0 } else { len + from + 2 * to };
+        run(n, |group| {
+            let me = group.rank().0;
+            let send: Vec<usize> = (0..n).map(|g| count(me, g)).collect();
+            let receive: Vec<usize> = (0..n).map(|g| count(g, me)).collect();
+            let (mut asked, mut got) = (vec![0; n], vec![Vec::new(); n]);
+            let fill = |to: GroupRank, offset: usize, bytes: &mut [u8]| {
+                assert_eq!(offset, asked[to.0]);
+                asked[to.0] += bytes.len();
+                (offset..).zip(bytes).for_each(|(i, byte)| *byte = streamed_byte(me, to.0, i));
+                Ok::<(), Error>(())
+            };
+            let drain = |from: GroupRank, offset: usize, bytes: &[u8]| {
+                assert_eq!(offset, got[from.0].len());
+                got[from.0].extend_from_slice(bytes);
+                Ok(())
+            };
+            group.all_to_all_streamed(&send, &receive, fill, drain).unwrap();
+            let expected: Vec<Vec<u8>> = (0..n)
+                .map(|from| (0..count(from, me)).map(|i| streamed_byte(from, me, i)).collect())
+                .collect();
+            assert!(got == expected, "all_to_all of {len} bytes on {n} ranks");
+
+            let counts: Vec<usize> = (0..n).map(|g| len + g).collect();
+            let mine: Vec<u8> = (0..counts[me]).map(|i| streamed_byte(me, 0, i)).collect();
+            let mut got = vec![Vec::new(); n];
+            let drain = |from: GroupRank, offset: usize, bytes: &[u8]| {
+                assert_eq!(offset, got[from.0].len());
+                got[from.0].extend_from_slice(bytes);
+                Ok::<(), Error>(())
+            };
+            group.all_gather_streamed(&mine, &counts, drain).unwrap();
+            let expected: Vec<Vec<u8>> = (0..n)
+                .map(|from| (0..counts[from]).map(|i| streamed_byte(from, 0, i)).collect())
+                .collect();
+            assert!(got == expected, "all_gather of {len} bytes on {n} ranks");
+        });
+    }
+}
+
+#[test]
+fn a_caller_that_fails_while_streaming_ends_the_collective_for_all() {
+    #[derive(Debug, PartialEq)]
+    enum Mine {
+        Broken,
+        Group(Error),
+    }
+    impl From<Error> for Mine {
+        fn from(error: Error) -> Self {
+            Mine::Group(error)
+        }
+    }
+    let errors = run(3, |group| {
+        let counts: Vec<usize> = (0..3).map(|g| if g == group.rank().0 { 0 } else { 100 }).collect();
+        let fill = |_: GroupRank, _: usize, _: &mut [u8]| {
+            if group.rank() == Rank(1) { Err(Mine::Broken) } else { Ok(()) }
+        };
+        group.all_to_all_streamed(&counts, &counts, fill, |_, _, _| Ok(())).unwrap_err()
+    });
+    let aborted = Mine::Group(Error::Aborted { group: "world".into(), rank: Rank(1) });
+    assert_eq!(errors[0], aborted);
+    assert_eq!(errors[1], Mine::Broken);
+    assert_eq!(errors[2], aborted);
+}
+
+#[test]
+fn the_record_says_how_much_a_rank_takes_from_the_others() {
+    let received = run(3, |group| {
+        group.all_gather_into(&[1u8; 10], &mut [0; 30]).unwrap();
+        group.reduce_scatter(&[1u8; 30], &mut [0; 10], ReduceOp::Sum).unwrap();
+        group.all_reduce(&mut [1u8; 10], ReduceOp::Sum).unwrap();
+        group.all_to_all(&[1u8; 30], &mut [0; 30]).unwrap();
+        group.broadcast(&mut [1u8; 10], GroupRank(1)).unwrap();
+        group.barrier().unwrap();
+        group.flight_record().collectives.iter().map(|c| c.received_bytes).collect::<Vec<_>>()
+    });
+    // An all_reduce of 10 bytes is reduced in parts of 3, 3 and 4: 2 x 3 + 7, 2 x 3 + 7, 2 x 4 + 6.
+    assert_eq!(received[0], [20, 20, 13, 20, 10, 0]);
+    assert_eq!(received[1], [20, 20, 13, 20, 0, 0]);
+    assert_eq!(received[2], [20, 20, 14, 20, 10, 0]);
+}
+
 /// Small values, so that sums and products of four are exact in every dtype.
 fn value(rank: usize, i: usize) -> i32 {
     ((i * 7 + rank * 5) % 4) as i32

@@ -141,3 +141,17 @@ fn a_mesh_of_existing_groups_equals_the_one_that_made_them() {
         assert!(text.starts_with("device mesh: group of dim 0: expected ranks ["), "{text}");
     });
 }
+
+#[test]
+fn a_joint_group_holds_the_ranks_along_several_dims() {
+    run(8, |world| {
+        let mesh = mesh(world, &[2, 2, 2], &["pp", "dp", "tp"]);
+        let joint = mesh.joint_group(&[0, 2]).unwrap();
+        let column = world.rank().0 / 2 % 2 * 2;
+        assert_eq!(joint.ranks(), [0, 1, 4, 5].map(|rank| Rank(rank + column)));
+        assert!(mesh.joint_group(&[0, 2]).unwrap().same_group(&joint));
+        assert!(mesh.joint_group(&[1]).unwrap().same_group(mesh.group(1).unwrap()));
+        assert!(mesh.joint_group(&[0, 1, 2]).unwrap().same_group(mesh.mesh_group()));
+        assert!(mesh.joint_group(&[2, 0]).is_err() && mesh.joint_group(&[1, 3]).is_err());
+    });
+}

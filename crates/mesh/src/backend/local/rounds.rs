@@ -7,6 +7,7 @@ use super::exchange::Exchange;
 use super::segment::DATA_BYTES;
 use crate::backend::pieces::{Sink, Source, offsets};
 use crate::backend::reduce::reduce;
+use crate::backend::{Drain, Fill};
 use crate::{DType, ReduceOp, Result};
 
 /// Longest all_reduce in which every rank reduces everything after one crossing instead of two.
@@ -97,6 +98,25 @@ pub(super) fn all_gather<'a>(
     Ok(x)
 }
 
+pub(super) fn all_gather_streamed<'a>(
+    mut x: Exchange<'a>,
+    input: &[u8],
+    counts: &[usize],
+    drain: &mut Drain<'_>,
+) -> Result<Exchange<'a>> {
+    for round in 0..rounds(longest(counts), DATA_BYTES) {
+        let own = part(input.len(), DATA_BYTES, round);
+        x.fill()[..own.len()].copy_from_slice(&input[own.clone()]);
+        x = x.cross()?;
+        drain(x.me(), own.start, &input[own])?;
+        for g in x.others() {
+            let chunk = part(counts[g], DATA_BYTES, round);
+            drain(g, chunk.start, &x.peer(g)[..chunk.len()])?;
+        }
+    }
+    Ok(x)
+}
+
 pub(super) fn reduce_scatter<'a>(
     mut x: Exchange<'a>,
     (dtype, op): (DType, ReduceOp),
@@ -152,6 +172,28 @@ pub(super) fn all_to_all<'a>(
         for g in x.others() {
             let chunk = part(receive[g], region, round);
             output[to[g]..][chunk.clone()].copy_from_slice(&x.peer(g)[me * region..][..chunk.len()]);
+        }
+    }
+    Ok(x)
+}
+
+pub(super) fn all_to_all_streamed<'a>(
+    mut x: Exchange<'a>,
+    send: &[usize],
+    receive: &[usize],
+    (fill, drain): (&mut Fill<'_>, &mut Drain<'_>),
+    longest: usize,
+) -> Result<Exchange<'a>> {
+    let (region, me) = (region_len(x.ranks()), x.me());
+    for round in 0..rounds(longest, region) {
+        for g in x.others() {
+            let chunk = part(send[g], region, round);
+            fill(g, chunk.start, &mut x.fill()[g * region..][..chunk.len()])?;
+        }
+        x = x.cross()?;
+        for g in x.others() {
+            let chunk = part(receive[g], region, round);
+            drain(g, chunk.start, &x.peer(g)[me * region..][..chunk.len()])?;
         }
     }
     Ok(x)
