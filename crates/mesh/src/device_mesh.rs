@@ -217,8 +217,14 @@ impl DeviceMesh {
     /// `InvalidArgument` if the dims do not ascend or the mesh has not all of them; as a collective, `Mismatch`,
     /// `PeerLost` and `Timeout`.
     pub fn joint_group(&self, dims: &[usize]) -> Result<ProcessGroup> {
-        if dims.windows(2).any(|pair| pair[0] >= pair[1]) || dims.last().is_some_and(|dim| *dim >= self.ndim()) {
-            return Err(invalid("dims", format!("ascending dims below {}", self.ndim()), format!("{dims:?}")));
+        if dims.windows(2).any(|pair| pair[0] >= pair[1])
+            || dims.last().is_some_and(|dim| *dim >= self.ndim())
+        {
+            return Err(invalid(
+                "dims",
+                format!("ascending dims below {}", self.ndim()),
+                format!("{dims:?}"),
+            ));
         }
         if dims.len() == self.ndim() {
             return Ok(self.mesh_group().clone());

@@ -4,7 +4,7 @@
 
 use std::sync::OnceLock;
 
-use super::{Backend, Call};
+use super::{Backend, Call, Drain, Fill};
 use crate::{Error, GroupRank, Rank, ReduceOp, Result};
 
 /// A place in a collective at which a test may strike.
@@ -95,6 +95,27 @@ impl Backend for Faulted {
         receive: &[usize],
     ) -> Result<()> {
         self.around(call.name.name(), |inner| inner.all_to_all(call, input, send, output, receive))
+    }
+
+    fn all_gather_streamed(
+        &self,
+        call: Call,
+        input: &[u8],
+        counts: &[usize],
+        drain: &mut Drain<'_>,
+    ) -> Result<()> {
+        self.around(call.name.name(), |inner| inner.all_gather_streamed(call, input, counts, drain))
+    }
+
+    fn all_to_all_streamed(
+        &self,
+        call: Call,
+        send: &[usize],
+        receive: &[usize],
+        fill: &mut Fill<'_>,
+        drain: &mut Drain<'_>,
+    ) -> Result<()> {
+        self.around(call.name.name(), |inner| inner.all_to_all_streamed(call, send, receive, fill, drain))
     }
 
     fn abort(&self) {

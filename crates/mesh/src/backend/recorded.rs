@@ -73,7 +73,9 @@ impl Backend for Recorded {
 
     fn broadcast(&self, call: Call, buffer: &mut [u8], root: GroupRank) -> Result<()> {
         let received = if self.me == root.0 { 0 } else { buffer.len() };
-        self.record(described(call, None, buffer.len(), received), |inner| inner.broadcast(call, buffer, root))
+        self.record(described(call, None, buffer.len(), received), |inner| {
+            inner.broadcast(call, buffer, root)
+        })
     }
 
     fn all_reduce(&self, call: Call, buffer: &mut [u8], op: ReduceOp) -> Result<()> {

@@ -78,9 +78,8 @@ fn streamed_parts_arrive_whole_and_in_order() {
                 Ok::<(), Error>(())
             };
             group.all_gather_streamed(&mine, &counts, drain).unwrap();
-            let expected: Vec<Vec<u8>> = (0..n)
-                .map(|from| (0..counts[from]).map(|i| streamed_byte(from, 0, i)).collect())
-                .collect();
+            let expected: Vec<Vec<u8>> =
+                (0..n).map(|from| (0..counts[from]).map(|i| streamed_byte(from, 0, i)).collect()).collect();
             assert!(got == expected, "all_gather of {len} bytes on {n} ranks");
         });
     }
