@@ -7,8 +7,10 @@ mod faulty_group;
 mod faulty_storage;
 mod fixtures;
 mod models;
+pub mod oracle;
 mod procs;
 mod ranks;
+pub mod strategies;
 
 pub use faults::{DELAY, Fault, FaultPlan, Faults, Point, Verdict};
 pub use faulty_group::{FaultyStore, strike_collectives};
