@@ -51,6 +51,12 @@ impl TensorBox {
         (!both.is_empty()).then_some(both)
     }
 
+    /// Number of elements that both boxes hold.
+    pub(crate) fn overlap_numel(&self, other: &Self) -> usize {
+        let dims = self.offsets.iter().zip(&self.sizes).zip(other.offsets.iter().zip(&other.sizes));
+        dims.map(|((a, len_a), (b, len_b))| (a + len_a).min(b + len_b).saturating_sub(*a.max(b))).product()
+    }
+
     /// True if every element of `other` lies in this box; an empty box lies in every box.
     pub fn contains(&self, other: &Self) -> bool {
         other.is_empty() || self.intersect(other).as_ref() == Some(other)
@@ -100,6 +106,14 @@ impl fmt::Display for TensorBox {
 
 /// Parts of `wanted` that none of `held` covers; empty when it is covered.
 pub fn uncovered(wanted: &TensorBox, held: &[TensorBox]) -> Vec<TensorBox> {
+    uncovered_by(wanted, held.iter())
+}
+
+/// [`uncovered`] of boxes that do not lie side by side.
+pub(crate) fn uncovered_by<'a>(
+    wanted: &TensorBox,
+    held: impl Iterator<Item = &'a TensorBox>,
+) -> Vec<TensorBox> {
     let mut left = if wanted.is_empty() { vec![] } else { vec![wanted.clone()] };
     for piece in held {
         if left.is_empty() {

@@ -40,9 +40,9 @@ impl FlatTensor {
         Self::new(flat, shape.to_vec(), boxes)
     }
 
-    /// One box of a tensor of `shape`, row-major.
-    pub(crate) fn one_box(tensor: &Tensor, shape: &[usize], held: TensorBox) -> Result<Self> {
-        Self::new(tensor.clone(), shape.to_vec(), vec![held])
+    /// Boxes of a tensor of `shape`, each row-major, one after the other.
+    pub(crate) fn boxes(tensor: &Tensor, shape: &[usize], held: Vec<TensorBox>) -> Result<Self> {
+        Self::new(tensor.clone(), shape.to_vec(), held)
     }
 
     fn new(tensor: Tensor, shape: Vec<usize>, boxes: Vec<TensorBox>) -> Result<Self> {

@@ -1,6 +1,6 @@
 //! What can go wrong with placements, layouts and state dicts.
 
-use sconce_mesh::DType;
+use sconce_mesh::{DType, Rank};
 
 /// Result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -42,6 +42,30 @@ pub enum Error {
         expected: DType,
         /// The dtype that was found.
         got: DType,
+    },
+
+    /// A rank passed something else than the others; every rank gets this same error.
+    #[error("{what}: expected {expected} on rank {rank}, got {got}")]
+    RanksDisagree {
+        /// What they had to agree on.
+        what: String,
+        /// The first rank that differs.
+        rank: Rank,
+        /// What was expected of it.
+        expected: String,
+        /// What it passed.
+        got: String,
+    },
+
+    /// A mesh with ranks that the other side cannot reach, or of another world.
+    #[error("{what}: expected ranks among {expected:?} of one world, got {got:?}")]
+    ForeignMesh {
+        /// Which mesh.
+        what: String,
+        /// The ranks that can be reached.
+        expected: Vec<Rank>,
+        /// The ranks of the mesh.
+        got: Vec<Rank>,
     },
 
     /// No rank holds a part of a tensor that another rank needs.

@@ -1,11 +1,23 @@
-//! Redistribute: a DTensor under other placements, or on another mesh of the same ranks.
+//! Redistribute: a DTensor under other placements, or on another mesh.
 
+#[cfg(feature = "candle")]
+mod between;
+mod box_index;
+mod carry;
 mod exchange;
+mod geometry;
 mod plan;
 #[cfg(feature = "candle")]
-mod run;
-
-pub use exchange::{ExchangePlan, Move, exchange};
+mod reduce;
 #[cfg(feature = "candle")]
-pub(crate) use plan::coordinate;
-pub use plan::{Action, Step, plan};
+mod run;
+mod step;
+
+#[cfg(feature = "candle")]
+pub use between::redistribute_between;
+pub use carry::{Move, exchange};
+pub use exchange::ExchangePlan;
+#[cfg(feature = "candle")]
+pub(crate) use geometry::coordinate;
+pub use plan::plan;
+pub use step::{Action, Plan, Step};

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{Error, Placement, Result, TensorBox, placement::picture};
+use crate::{Placement, TensorBox};
 
 /// The part of `0..len` that chunk `index` of `n_chunks` holds.
 ///
@@ -34,28 +34,14 @@ pub fn local_box(
 ) -> TensorBox {
     let mut held = TensorBox::whole(shape);
     for ((placement, n_chunks), index) in placements.iter().zip(mesh_shape).zip(coordinate) {
-        if let Placement::Shard(dim) = *placement {
+        if let Some(dim) = placement.shard_dim(shape.len()) {
             let range = chunk_range(held.sizes[dim], *n_chunks, *index);
-            held.offsets[dim] += range.start;
+            // What is empty lies at the end of the tensor, as in torch, not at that of the part that was split.
+            held.offsets[dim] = if range.is_empty() { shape[dim] } else { held.offsets[dim] + range.start };
             held.sizes[dim] = range.len();
         }
     }
     held
-}
-
-/// Checks that there is one placement a mesh dim, and that sharded tensor dims exist.
-///
-/// # Errors
-/// `InvalidPlacement` saying which.
-pub fn check_placements(ndim: usize, mesh_ndim: usize, placements: &[Placement]) -> Result<()> {
-    let refuse = |what| Err(Error::InvalidPlacement { placements: picture(placements), what });
-    if placements.len() != mesh_ndim {
-        return refuse(format!("expected {mesh_ndim} placements, one a mesh dim, got {}", placements.len()));
-    }
-    match placements.iter().find(|p| matches!(p, Placement::Shard(dim) if *dim >= ndim)) {
-        Some(outside) => refuse(format!("{outside} of a tensor with {ndim} dims")),
-        None => Ok(()),
-    }
 }
 
 #[cfg(test)]
@@ -77,13 +63,6 @@ mod tests {
             .map(|b| (b.offsets[0], b.sizes[0]))
             .to_vec();
         assert_eq!(rows, [(0, 2), (2, 2), (4, 2), (6, 1)]);
-    }
-
-    #[test]
-    fn a_missing_placement_is_refused_with_both_counts() {
-        let refused = check_placements(2, 2, &[Placement::Replicate]).unwrap_err();
-        assert_eq!(refused.to_string(), "placements [R]: expected 2 placements, one a mesh dim, got 1");
-        assert!(check_placements(1, 1, &[Placement::Shard(1)]).is_err());
     }
 
     proptest! {

@@ -1,4 +1,6 @@
-//! Redistribute against the obvious answer: the whole tensor, sliced.
+//! Redistribute against the naive oracle: the values that every rank must hold, and the bytes that may move.
+//!
+//! `SCONCE_REDISTRIBUTE_CASES` sets the number of random cases.
 
 #![allow(
     clippy::unwrap_used,
@@ -7,147 +9,206 @@
     reason = "test code: clippy knows it only inside `#[test]` functions"
 )]
 
+mod common;
+
 use std::time::Duration;
 
-use candle_core::{DType, Device, Tensor};
+use common::{mesh, numbers, ours, received_bytes, source, tensor, value};
 use proptest::prelude::*;
-use sconce_dtensor::{DTensor, Placement, TensorBox, local_box};
-use sconce_mesh::{DeviceMesh, DeviceType, ProcessGroup, ReduceOp};
+use sconce_dtensor::{DTensor, redistribute_between};
+use sconce_mesh::{DeviceMesh, DeviceType, ProcessGroup, Rank};
+use sconce_testkit::oracle::{self, Place};
 use sconce_testkit::run_ranks;
+use sconce_testkit::strategies::{self, RedistributeCase, cases, redistribute_cases};
 
+const DEADLINE: Duration = Duration::from_secs(60);
+const F32: usize = 4;
+
+fn lens(held: &oracle::Held) -> Vec<usize> {
+    held.iter().map(Vec::len).collect()
+}
+
+fn is_partial(places: &[Place]) -> bool {
+    places.iter().any(|place| matches!(place, Place::Partial(_)))
+}
+
+/// Checks the values on every rank, and returns the bytes that all together received.
+fn redistribute(case: &RedistributeCase) -> usize {
+    let RedistributeCase { mesh: mesh_shape, shape, from, to } = case;
+    let received = run_ranks(mesh_shape.iter().product(), DEADLINE, |world| {
+        let mesh = mesh(&world, mesh_shape);
+        let at = mesh.coordinate().unwrap().to_vec();
+        let local =
+            tensor(source(shape, mesh_shape, &at, from), &lens(&oracle::held(shape, mesh_shape, &at, from)));
+        let dtensor = DTensor::from_local(&local, &mesh, &ours(from)).unwrap();
+        assert_eq!(dtensor.shape(), shape);
+        let before = received_bytes(&mesh);
+        let moved = dtensor.redistribute(&ours(to)).unwrap();
+        let received = received_bytes(&mesh) - before;
+        assert_eq!(moved.placements(), ours(to));
+        let held = oracle::held(shape, mesh_shape, &at, to);
+        assert_eq!(moved.to_local().dims(), lens(&held));
+        if !is_partial(to) {
+            assert_eq!(numbers(moved.to_local()), oracle::values(shape, &held, value), "at {at:?}");
+        }
+        // Terms of pending reductions, whatever they are, reduce to the tensor.
+        let whole = moved.full_tensor().unwrap();
+        assert_eq!(numbers(&whole), (0..shape.iter().product()).map(value).collect::<Vec<_>>(), "at {at:?}");
+        received
+    });
+    received.iter().sum()
+}
+
+fn check_bytes(case: &RedistributeCase, received: usize) {
+    let RedistributeCase { mesh, shape, from, to } = case;
+    let plan = sconce_dtensor::plan(shape, mesh, &ours(from), &ours(to)).unwrap();
+    assert_eq!(received, plan.received_numel() * F32, "the plan says what it moves: {plan}");
+    let cheapest = oracle::cheapest_sequence(shape, mesh, from, to) * F32;
+    assert!(received <= cheapest, "{received} bytes, the best sequence moves {cheapest}: {plan}");
+    if !is_partial(from) && !is_partial(to) {
+        assert_eq!(received, oracle::lacking(shape, mesh, from, to) * F32, "the lower bound: {plan}");
+    }
+}
+
+/// A tensor on some ranks of a world, to others.
 #[derive(Debug, Clone)]
-struct Case {
-    mesh: Vec<usize>,
+struct Between {
+    /// Of each side: mesh, ranks in mesh order, placements.
+    sides: [(Vec<usize>, Vec<usize>, Vec<Place>); 2],
     shape: Vec<usize>,
-    from: Vec<Placement>,
-    to: Vec<Placement>,
 }
 
-fn placements(ndim: usize, mesh_ndim: usize) -> impl Strategy<Value = Vec<Placement>> {
-    let dims: Vec<Placement> = (0..ndim).map(Placement::Shard).collect();
-    let any = prop_oneof![
-        2 => Just(Placement::Replicate),
-        1 => Just(Placement::Partial(ReduceOp::Sum)),
-        4 => prop::sample::select(if dims.is_empty() { vec![Placement::Replicate] } else { dims }),
-    ];
-    prop::collection::vec(any, mesh_ndim)
-}
-
-fn cases() -> impl Strategy<Value = Case> {
-    let meshes = prop::sample::select(vec![
-        vec![1],
-        vec![2],
-        vec![3],
-        vec![4],
-        vec![2, 2],
-        vec![1, 3],
-        vec![3, 2],
-        vec![2, 2, 2],
-    ]);
-    (meshes, prop::collection::vec(0usize..9, 0..4)).prop_flat_map(|(mesh, shape)| {
-        let (ndim, mesh_ndim) = (shape.len(), mesh.len());
-        (Just(mesh), Just(shape), placements(ndim, mesh_ndim), placements(ndim, mesh_ndim))
-            .prop_map(|(mesh, shape, from, to)| Case { mesh, shape, from, to })
+fn betweens() -> impl Strategy<Value = Between> {
+    (strategies::shapes(), strategies::reduce_ops()).prop_flat_map(|(shape, op)| {
+        let ndim = shape.len();
+        let side = move || {
+            let ranks = Just((0..8usize).collect::<Vec<_>>()).prop_shuffle();
+            (strategies::mesh_shapes(8), ranks).prop_flat_map(move |(mesh, mut ranks)| {
+                ranks.truncate(mesh.iter().product());
+                let places = strategies::placements(ndim, mesh.len(), Some(op));
+                (Just(mesh), Just(ranks), places)
+            })
+        };
+        (side(), side(), Just(shape)).prop_map(|(a, b, shape)| Between { sides: [a, b], shape })
     })
 }
 
-/// Multiples of 24, so that a tensor split into equal terms over 2, 3, 4, 6 or 8 ranks adds up exactly.
-fn whole(shape: &[usize]) -> Tensor {
-    let numel = shape.iter().product::<usize>();
-    let values: Vec<f32> = (0..numel).map(|i| (24 * i + 48) as f32).collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+fn sub_mesh(world: &ProcessGroup, ranks: &[usize], shape: &[usize]) -> Option<DeviceMesh> {
+    let ranks: Vec<Rank> = ranks.iter().map(|rank| Rank(*rank)).collect();
+    let group = world.subgroups(&[ranks]).unwrap();
+    group.map(|group| mesh(&group, shape))
 }
 
-fn part(tensor: &Tensor, held: &TensorBox) -> Tensor {
-    if held.is_empty() {
-        return Tensor::zeros(held.sizes.as_slice(), DType::F32, &Device::Cpu).unwrap();
-    }
-    let dims = held.offsets.iter().zip(&held.sizes).enumerate();
-    dims.fold(tensor.clone(), |t, (dim, (start, len))| t.narrow(dim, *start, *len).unwrap())
-}
-
-fn values(tensor: &Tensor) -> Vec<f32> {
-    tensor.flatten_all().unwrap().to_vec1().unwrap()
-}
-
-/// What the rank at `at` holds: its box, and of a pending sum everything on coordinate 0, nothing elsewhere.
-fn source(case: &Case, at: &[usize]) -> Tensor {
-    let held = part(&whole(&case.shape), &local_box(&case.shape, &case.mesh, at, &case.from));
-    let empty_term = case.from.iter().zip(at).any(|(p, at)| matches!(p, Placement::Partial(_)) && *at > 0);
-    if empty_term { held.zeros_like().unwrap() } else { held }
-}
-
-fn check(case: &Case) {
-    run_ranks(case.mesh.iter().product(), Duration::from_secs(30), |world: ProcessGroup| {
-        let mesh = DeviceMesh::new(&world, DeviceType::Cpu, &case.mesh, &[]).unwrap();
-        let at = mesh.coordinate().unwrap().to_vec();
-        let local = source(case, &at);
-        let dtensor = DTensor::from_local(&local, &mesh, &case.from).unwrap();
-        assert_eq!(dtensor.shape(), case.shape);
-        let moved = dtensor.redistribute(&case.to).unwrap();
-        assert_eq!(moved.placements(), case.to);
-        let held = local_box(&case.shape, &case.mesh, &at, &case.to);
-        assert_eq!(moved.to_local().dims(), held.sizes);
-        if !case.to.iter().any(|p| matches!(p, Placement::Partial(_))) {
-            assert_eq!(
-                values(moved.to_local()),
-                values(&part(&whole(&case.shape), &held)),
-                "{case:?} at {at:?}"
-            );
+fn check_between(case: &Between) {
+    let [(mesh_a, ranks_a, from), (mesh_b, ranks_b, to)] = &case.sides;
+    let shape = &case.shape;
+    let received = run_ranks(8, DEADLINE, |world| {
+        let source_mesh = sub_mesh(&world, ranks_a, mesh_a);
+        let target_mesh = sub_mesh(&world, ranks_b, mesh_b);
+        let dtensor = source_mesh.map(|mesh| {
+            let at = mesh.coordinate().unwrap();
+            let held = oracle::held(shape, mesh_a, at, from);
+            let local = tensor(source(shape, mesh_a, at, from), &lens(&held));
+            DTensor::from_local_with_shape(&local, &mesh, &ours(from), shape).unwrap()
+        });
+        let placements = ours(to);
+        let target = target_mesh.as_ref().map(|mesh| (mesh, placements.as_slice()));
+        let moved = redistribute_between(&world, dtensor.as_ref(), target).unwrap();
+        assert_eq!(moved.is_some(), target_mesh.is_some());
+        if let (Some(moved), Some(mesh)) = (moved, target_mesh) {
+            let held = oracle::held(shape, mesh_b, mesh.coordinate().unwrap(), to);
+            assert_eq!(moved.to_local().dims(), lens(&held));
+            if !is_partial(to) {
+                assert_eq!(numbers(moved.to_local()), oracle::values(shape, &held, value));
+            }
+            let whole = moved.full_tensor().unwrap();
+            assert_eq!(numbers(&whole), (0..shape.iter().product()).map(value).collect::<Vec<_>>());
         }
-        // Terms of pending sums, whatever they are, add up to the tensor.
-        assert_eq!(values(&moved.full_tensor().unwrap()), values(&whole(&case.shape)), "{case:?} at {at:?}");
+        let exchanges = world.flight_record().collectives.into_iter();
+        let exchanges = exchanges.filter(|c| c.call.starts_with("all_to_all_uneven("));
+        exchanges.map(|c| c.received_bytes).sum::<usize>()
     });
+    if !is_partial(from) && !is_partial(to) {
+        // Each rank of the target lacks what it does not hold as one of the source.
+        let position = |ranks: &[usize], rank: &usize| ranks.iter().position(|other| other == rank);
+        let lacking = ranks_b.iter().enumerate().map(|(nth, rank)| {
+            let wanted = oracle::held(shape, mesh_b, &oracle::coordinates(mesh_b)[nth], to);
+            let has = position(ranks_a, rank)
+                .map(|nth| oracle::held(shape, mesh_a, &oracle::coordinates(mesh_a)[nth], from));
+            let common = |has: &oracle::Held| -> usize {
+                has.iter().zip(&wanted).map(|(a, b)| a.iter().filter(|i| b.contains(i)).count()).product()
+            };
+            oracle::numel(&wanted) - has.as_ref().map_or(0, common)
+        });
+        assert_eq!(received.iter().sum::<usize>(), lacking.sum::<usize>() * F32);
+    }
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases("SCONCE_REDISTRIBUTE_CASES", 250), ..ProptestConfig::default() })]
 
     #[test]
-    fn any_placements_become_any_others(case in cases()) {
-        check(&case);
+    fn any_placements_become_any_others_at_the_fewest_bytes(case in redistribute_cases(8)) {
+        let received = redistribute(&case);
+        check_bytes(&case, received);
     }
 
     #[test]
-    fn another_mesh_of_the_same_ranks_receives_the_same_tensor(
-        shape in prop::collection::vec(0usize..9, 1..4),
-        from in placements(1, 2),
-        to in placements(1, 1),
-    ) {
-        let shard = |p: &[Placement]| p.iter().map(|p| match p {
-            Placement::Partial(_) => Placement::Replicate,
-            other => *other,
-        }).collect::<Vec<_>>();
-        let (from, to) = (shard(&from), shard(&to));
-        run_ranks(6, Duration::from_secs(30), |world| {
-            let mesh_2d = DeviceMesh::new(&world, DeviceType::Cpu, &[2, 3], &[]).unwrap();
-            let mesh_1d = DeviceMesh::new(&world, DeviceType::Cpu, &[6], &[]).unwrap();
-            let dtensor = DTensor::from_copy(&whole(&shape), &mesh_2d, &from).unwrap();
-            let moved = dtensor.redistribute_to(&mesh_1d, &to).unwrap();
-            let held = local_box(&shape, &[6], mesh_1d.coordinate().unwrap(), &to);
-            assert_eq!(values(moved.to_local()), values(&part(&whole(&shape), &held)));
+    fn any_mesh_receives_the_tensor_of_any_other(case in betweens()) {
+        check_between(&case);
+    }
+}
+
+#[test]
+fn shards_on_two_mesh_dims_move_no_more_than_what_ranks_lack() {
+    use Place::{Replicate, Shard};
+    let shards = [Shard(0), Shard(1), Replicate];
+    let lists: Vec<Vec<Place>> = shards.iter().flat_map(|a| shards.iter().map(|b| vec![*a, *b])).collect();
+    for (from, to) in lists.iter().flat_map(|from| lists.iter().map(move |to| (from, to))) {
+        let case =
+            RedistributeCase { mesh: vec![2, 2], shape: vec![10, 7], from: from.clone(), to: to.clone() };
+        let received = redistribute(&case);
+        check_bytes(&case, received);
+    }
+}
+
+#[test]
+fn the_same_ranks_as_another_mesh_need_no_more_than_one_call() {
+    run_ranks(6, DEADLINE, |world| {
+        let (two, one) = (mesh(&world, &[2, 3]), mesh(&world, &[6]));
+        let at = two.coordinate().unwrap();
+        let from = [Place::Replicate, Place::Shard(0)];
+        let held = oracle::held(&[7, 4], &[2, 3], at, &from);
+        let local = tensor(source(&[7, 4], &[2, 3], at, &from), &lens(&held));
+        let moved = DTensor::from_local(&local, &two, &ours(&from)).unwrap();
+        let moved = moved.redistribute_to(&one, &ours(&[Place::Shard(1)])).unwrap();
+        let held = oracle::held(&[7, 4], &[6], one.coordinate().unwrap(), &[Place::Shard(1)]);
+        assert_eq!(numbers(moved.to_local()), oracle::values(&[7, 4], &held, value));
+    });
+}
+
+#[test]
+fn a_mesh_without_names_or_ranks_in_common_is_refused_alike_everywhere() {
+    let texts = run_ranks(3, DEADLINE, |world| {
+        let pair = sub_mesh(&world, &[0, 1], &[2]);
+        let third = sub_mesh(&world, &[2], &[1]);
+        let dtensor = pair.map(|mesh| {
+            let whole = tensor(vec![1.0; 4], &[4]);
+            DTensor::from_copy(&whole, &mesh, &ours(&[Place::Shard(0)])).unwrap()
         });
-    }
-}
-
-#[test]
-fn distribute_takes_the_first_ranks_values() {
-    run_ranks(3, Duration::from_secs(30), |world| {
-        let mesh = DeviceMesh::new(&world, DeviceType::Cpu, &[3], &[]).unwrap();
-        let mine = (whole(&[4, 5]) * (1.0 + world.rank().0 as f64)).unwrap();
-        let dtensor = DTensor::distribute(&mine, &mesh, &[Placement::Shard(1)]).unwrap();
-        assert_eq!(values(&dtensor.full_tensor().unwrap()), values(&whole(&[4, 5])));
+        // Rank 1 forgets its part.
+        let given = dtensor.as_ref().filter(|_| world.rank() == Rank(0));
+        let placements = ours(&[Place::Replicate]);
+        let target = third.as_ref().map(|mesh| (mesh, placements.as_slice()));
+        redistribute_between(&world, given, target).unwrap_err().to_string()
     });
-}
+    let expected = "source of a redistribute between meshes, as rank 0 passed it: \
+                    expected f32[4] as [S(0)] on mesh [2] of ranks [0, 1] on rank 1, got none";
+    assert_eq!(texts, [expected; 3]);
 
-#[test]
-fn a_local_part_that_does_not_fit_is_named_by_rank_everywhere() {
-    let errors = run_ranks(3, Duration::from_secs(30), |world| {
-        let mesh = DeviceMesh::new(&world, DeviceType::Cpu, &[3], &[]).unwrap();
-        // 2 + 1 + 2 rows are 5, which torch.chunk splits 2, 2, 1.
-        let rows = [2, 1, 2][world.rank().0];
-        let local = Tensor::zeros((rows, 2), DType::F32, &Device::Cpu).unwrap();
-        DTensor::from_local(&local, &mesh, &[Placement::Shard(0)]).unwrap_err().to_string()
-    });
-    assert_eq!(errors, ["local tensor of rank 1: expected shape [2, 2], got [1, 2]"; 3]);
+    let alone = DeviceMesh::new(&ProcessGroup::single(), DeviceType::Cpu, &[1], &[]).unwrap();
+    let other = DeviceMesh::new(&ProcessGroup::single(), DeviceType::Cpu, &[1], &["x"]).unwrap();
+    let whole = DTensor::from_copy(&tensor(vec![1.0], &[1]), &alone, &ours(&[Place::Replicate])).unwrap();
+    let refused = whole.redistribute_to(&other, &ours(&[Place::Replicate])).unwrap_err().to_string();
+    assert!(refused.contains("of one world"), "{refused}");
 }

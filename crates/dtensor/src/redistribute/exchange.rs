@@ -1,21 +1,19 @@
-//! Who sends which elements to whom so that every rank gets exactly what it lacks. The plan is pure; `exchange`
-//! carries any number of plans out in one all_to_all.
+//! Who sends which elements to whom so that every rank gets exactly what it lacks. Pure.
 
-use sconce_mesh::ProcessGroup;
-
-use crate::{CopyRun, Error, LocalTensor, Result, TensorBox, copy_runs};
+use super::box_index::{BoxIndex, Place};
+use crate::{Error, Result, TensorBox};
 
 /// A piece of one tensor that moves from one rank's box to another's.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Transfer {
+pub(super) struct Transfer {
     /// Position of the other rank in the group.
-    peer: usize,
+    pub(super) peer: usize,
     /// Which of the sender's boxes holds the piece.
-    src_box: usize,
+    pub(super) src_box: usize,
     /// Which of the receiver's boxes takes it.
-    dst_box: usize,
+    pub(super) dst_box: usize,
     /// The elements, in coordinates of the global tensor.
-    piece: TensorBox,
+    pub(super) piece: TensorBox,
 }
 
 /// What one rank sends and receives of one tensor to get from one layout to another.
@@ -23,11 +21,15 @@ struct Transfer {
 /// Every rank computes its plan from the same two layouts, without communication.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExchangePlan {
-    me: usize,
-    held: Vec<TensorBox>,
-    wanted: Vec<TensorBox>,
-    send: Vec<Transfer>,
-    recv: Vec<Transfer>,
+    pub(super) me: usize,
+    pub(super) held: Vec<TensorBox>,
+    pub(super) wanted: Vec<TensorBox>,
+    /// To others, by receiver.
+    pub(super) send: Vec<Transfer>,
+    /// From others, by sender.
+    pub(super) recv: Vec<Transfer>,
+    /// From this rank's own boxes.
+    pub(super) own: Vec<Transfer>,
 }
 
 impl ExchangePlan {
@@ -44,210 +46,118 @@ impl ExchangePlan {
         wanted: &[Vec<TensorBox>],
         may_send: &dyn Fn(usize, usize) -> bool,
     ) -> Result<Self> {
-        let mut plan =
-            Self { me, held: held[me].clone(), wanted: wanted[me].clone(), send: vec![], recv: vec![] };
-        for (to, wanted) in wanted.iter().enumerate() {
-            let incoming = incoming(to, held, wanted, may_send)?;
-            if to == me {
-                plan.recv = incoming;
-            } else {
-                let from_me = incoming.into_iter().filter(|t| t.peer == me);
-                plan.send.extend(from_me.map(|t| Transfer { peer: to, ..t }));
-            }
-        }
-        Ok(plan)
+        let index = BoxIndex::new(held);
+        let service = Service { held, disjoint: index.is_disjoint(), index, may_send };
+        service.check_coverage(wanted)?;
+        let (own, recv) = service.incoming(me, &wanted[me]).into_iter().partition(|t| t.peer == me);
+        let send = (0..held.len()).filter(|to| *to != me);
+        let send = send.flat_map(|to| service.outgoing(me, to, &wanted[to])).collect();
+        Ok(Self { me, held: held[me].clone(), wanted: wanted[me].clone(), send, recv, own })
     }
 
     /// Number of elements that this rank receives from others.
     pub fn received_numel(&self) -> usize {
-        self.recv.iter().filter(|t| t.peer != self.me).map(|t| t.piece.numel()).sum()
+        self.recv.iter().map(|t| t.piece.numel()).sum()
     }
 }
 
-/// What rank `to` receives, sorted by sender; its own pieces included.
-fn incoming(
-    to: usize,
-    held: &[Vec<TensorBox>],
-    wanted: &[TensorBox],
-    may_send: &dyn Fn(usize, usize) -> bool,
-) -> Result<Vec<Transfer>> {
-    let n_ranks = held.len();
-    let mut transfers = Vec::new();
-    for (dst_box, want) in wanted.iter().enumerate() {
-        let mut left = if want.is_empty() { vec![] } else { vec![want.clone()] };
-        for peer in (0..n_ranks).map(|hop| (to + hop) % n_ranks).filter(|peer| may_send(*peer, to)) {
-            for (src_box, have) in held[peer].iter().enumerate() {
-                let pieces = left.iter().filter_map(|part| part.intersect(have));
-                transfers.extend(pieces.map(|piece| Transfer { peer, src_box, dst_box, piece }));
-                left = left.iter().flat_map(|part| part.subtract(have)).collect();
-            }
-            if left.is_empty() {
-                break;
+/// Who serves whom.
+struct Service<'a> {
+    held: &'a [Vec<TensorBox>],
+    index: BoxIndex<'a>,
+    /// No element is held twice.
+    disjoint: bool,
+    may_send: &'a dyn Fn(usize, usize) -> bool,
+}
+
+impl Service<'_> {
+    /// What rank `to` receives, sorted by sender; its own pieces included.
+    fn incoming(&self, to: usize, wanted: &[TensorBox]) -> Vec<Transfer> {
+        let mut transfers = Vec::new();
+        for (dst_box, want) in wanted.iter().enumerate() {
+            for place in self.holders(want, to) {
+                transfers.extend(self.transfers(place, to, dst_box, want, place.rank));
             }
         }
-        if let Some(missing) = left.first() {
-            let what = format!("exchange to group rank {to}");
-            return Err(Error::Uncovered { what, shape: want.sizes.clone(), missing: missing.to_string() });
-        }
+        transfers.sort_by_key(|t| (t.peer, t.src_box));
+        transfers
     }
-    transfers.sort_by_key(|t| t.peer);
-    Ok(transfers)
-}
 
-/// One tensor on its way from one layout to another.
-pub struct Move<'t> {
-    /// Who sends what.
-    pub plan: ExchangePlan,
-    /// What this rank holds now: the boxes that the plan was made from.
-    pub src: &'t dyn LocalTensor,
-    /// What this rank wants: filled.
-    pub dst: &'t mut dyn LocalTensor,
-}
-
-/// Carries out all `moves` in one all_to_all.
-///
-/// Ranks: collective over `group`; every rank passes the same tensors in the same order.
-///
-/// # Errors
-/// `ShapeMismatch` if a tensor's boxes are not its plan's; whatever the collective reports.
-pub fn exchange(group: &ProcessGroup, moves: &mut [Move<'_>]) -> Result<()> {
-    moves.iter().try_for_each(check_boxes)?;
-    let n_ranks = group.size();
-    let mut outgoing: Vec<Vec<u8>> = vec![Vec::new(); n_ranks];
-    for item in moves.iter() {
-        pack(item, &mut outgoing)?;
-    }
-    let send_counts: Vec<usize> = outgoing.iter().map(Vec::len).collect();
-    let recv_counts = recv_counts(moves, n_ranks);
-    let mut incoming = vec![0u8; recv_counts.iter().sum()];
-    group.all_to_all_uneven(&outgoing.concat(), &send_counts, &mut incoming, &recv_counts)?;
-    let mut starts = exclusive_sums(&recv_counts);
-    for item in moves.iter_mut() {
-        unpack(item, &incoming, &mut starts)?;
-    }
-    Ok(())
-}
-
-fn check_boxes(item: &Move<'_>) -> Result<()> {
-    for (role, tensor, expected) in
-        [("source", item.src, &item.plan.held), ("destination", &*item.dst, &item.plan.wanted)]
-    {
-        if tensor.local_boxes() != expected {
-            return Err(Error::ShapeMismatch {
-                what: format!("boxes of an exchange's {role}"),
-                expected: expected.iter().flat_map(|b| b.sizes.clone()).collect(),
-                got: tensor.local_boxes().iter().flat_map(|b| b.sizes.clone()).collect(),
-            });
-        }
-    }
-    Ok(())
-}
-
-fn recv_counts(moves: &[Move<'_>], n_ranks: usize) -> Vec<usize> {
-    let mut counts = vec![0; n_ranks];
-    for item in moves {
-        for transfer in item.plan.recv.iter().filter(|t| t.peer != item.plan.me) {
-            counts[transfer.peer] += transfer.piece.numel() * item.dst.dtype().size_bytes();
-        }
-    }
-    counts
-}
-
-fn exclusive_sums(counts: &[usize]) -> Vec<usize> {
-    counts.iter().scan(0, |sum, n| Some(std::mem::replace(sum, *sum + n))).collect()
-}
-
-/// Appends every piece that others need, row-major, to their buffers; copies this rank's own to a buffer of its own.
-fn pack(item: &Move<'_>, outgoing: &mut [Vec<u8>]) -> Result<()> {
-    let size = item.src.dtype().size_bytes();
-    for transfer in &item.plan.send {
-        let (piece, have) = (&transfer.piece, &item.plan.held[transfer.src_box]);
-        let buffer = &mut outgoing[transfer.peer];
-        item.src.read_box(transfer.src_box, &mut |bytes| {
-            for CopyRun { src, len, .. } in copy_runs(piece, have, piece) {
-                buffer.extend_from_slice(&bytes[src * size..(src + len) * size]);
+    /// What rank `from` sends to rank `to`, in the order in which `to` takes it.
+    fn outgoing(&self, from: usize, to: usize, wanted: &[TensorBox]) -> Vec<Transfer> {
+        let mut transfers = Vec::new();
+        if (self.may_send)(from, to) {
+            for (index, _) in self.held[from].iter().enumerate() {
+                let place = Place { rank: from, index };
+                let parts = wanted.iter().enumerate();
+                transfers
+                    .extend(parts.flat_map(|(dst_box, want)| self.transfers(place, to, dst_box, want, to)));
             }
-        })?;
-    }
-    Ok(())
-}
-
-fn unpack(item: &mut Move<'_>, incoming: &[u8], starts: &mut [usize]) -> Result<()> {
-    let size = item.dst.dtype().size_bytes();
-    for transfer in &item.plan.recv {
-        let (piece, want) = (&transfer.piece, &item.plan.wanted[transfer.dst_box]);
-        if transfer.peer == item.plan.me {
-            copy_own(item.src, item.dst, &item.plan, transfer)?;
-            continue;
         }
-        let start = starts[transfer.peer];
-        starts[transfer.peer] += piece.numel() * size;
-        let received = &incoming[start..starts[transfer.peer]];
-        item.dst.write_box(transfer.dst_box, &mut |bytes| {
-            for CopyRun { src, dst, len } in copy_runs(piece, piece, want) {
-                bytes[dst * size..(dst + len) * size]
-                    .copy_from_slice(&received[src * size..(src + len) * size]);
+        transfers
+    }
+
+    /// The parts of `want` that `place` serves to `to`: those that no earlier holder serves.
+    fn transfers(
+        &self,
+        place: Place,
+        to: usize,
+        dst_box: usize,
+        want: &TensorBox,
+        peer: usize,
+    ) -> Vec<Transfer> {
+        let Some(shared) = self.held[place.rank][place.index].intersect(want) else { return vec![] };
+        let mut left = vec![shared];
+        let others = if self.disjoint { vec![] } else { self.holders(&left[0], to) };
+        for other in others.into_iter().filter(|other| self.turn(*other, to) < self.turn(place, to)) {
+            let have = &self.held[other.rank][other.index];
+            left = left.iter().flat_map(|part| part.subtract(have)).collect();
+        }
+        let transfer = |piece| Transfer { peer, src_box: place.index, dst_box, piece };
+        left.into_iter().map(transfer).collect()
+    }
+
+    /// Boxes that overlap `want` and may be sent to `to`.
+    fn holders(&self, want: &TensorBox, to: usize) -> Vec<Place> {
+        let mut places = self.index.overlapping(want);
+        places.retain(|place| (self.may_send)(place.rank, to));
+        places
+    }
+
+    /// When the rank of `place` is asked by `to`: `to` itself first, then the ranks after it.
+    fn turn(&self, place: Place, to: usize) -> (usize, usize) {
+        let n_ranks = self.held.len();
+        ((place.rank + n_ranks - to) % n_ranks, place.index)
+    }
+
+    /// Every wanted element is held by somebody who may send it; ranks that want the same of the same are looked at
+    /// once.
+    fn check_coverage(&self, wanted: &[Vec<TensorBox>]) -> Result<()> {
+        let mut seen = std::collections::HashSet::new();
+        for (to, wanted) in wanted.iter().enumerate() {
+            for want in wanted.iter().filter(|want| !want.is_empty()) {
+                if self.held[to].iter().any(|have| have.contains(want)) && (self.may_send)(to, to) {
+                    continue;
+                }
+                let holders = self.holders(want, to);
+                let shared = holders.iter().map(|at| self.held[at.rank][at.index].overlap_numel(want));
+                if self.disjoint && shared.sum::<usize>() == want.numel()
+                    || seen.contains(&(want, holders.clone()))
+                {
+                    continue;
+                }
+                let have = holders.iter().map(|place| &self.held[place.rank][place.index]);
+                if let Some(missing) = crate::boxes::uncovered_by(want, have).first() {
+                    let what = format!("exchange to group rank {to}");
+                    let (shape, missing) = (want.sizes.clone(), missing.to_string());
+                    return Err(Error::Uncovered { what, shape, missing });
+                }
+                seen.insert((want, holders));
             }
-        })?;
+        }
+        Ok(())
     }
-    Ok(())
-}
-
-/// Copies a piece that this rank holds already. The source's lock is released before the destination's is taken:
-/// the two may alias.
-fn copy_own(
-    src: &dyn LocalTensor,
-    dst: &mut dyn LocalTensor,
-    plan: &ExchangePlan,
-    own: &Transfer,
-) -> Result<()> {
-    let size = src.dtype().size_bytes();
-    let (have, want) = (&plan.held[own.src_box], &plan.wanted[own.dst_box]);
-    let mut piece = Vec::with_capacity(own.piece.numel() * size);
-    src.read_box(own.src_box, &mut |bytes| {
-        for CopyRun { src, len, .. } in copy_runs(&own.piece, have, &own.piece) {
-            piece.extend_from_slice(&bytes[src * size..(src + len) * size]);
-        }
-    })?;
-    dst.write_box(own.dst_box, &mut |bytes| {
-        for CopyRun { src, dst, len } in copy_runs(&own.piece, &own.piece, want) {
-            bytes[dst * size..(dst + len) * size].copy_from_slice(&piece[src * size..(src + len) * size]);
-        }
-    })
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::run_boxes;
-
-    #[test]
-    fn a_rank_that_holds_what_it_wants_receives_nothing() {
-        let whole = vec![vec![TensorBox::whole(&[4])]; 3];
-        let plan = ExchangePlan::new(1, &whole, &whole, &|_, _| true).unwrap();
-        assert_eq!((plan.received_numel(), plan.send.len()), (0, 0));
-    }
-
-    #[test]
-    fn flat_runs_to_rows_receive_exactly_what_is_lacking() {
-        // 3 ranks hold 10 elements of a [5, 2] tensor as runs 0..4, 4..8, 8..10 and want rows 0..2, 2..4, 4..5.
-        let held: Vec<_> = [(0, 4), (4, 4), (8, 2)].map(|(s, n)| run_boxes(&[5, 2], s, n)).to_vec();
-        let wanted: Vec<_> = [(0, 4), (4, 4), (8, 2)].map(|(s, n)| run_boxes(&[5, 2], s, n)).to_vec();
-        let shifted: Vec<_> = [(0, 3), (3, 5), (8, 2)].map(|(s, n)| run_boxes(&[5, 2], s, n)).to_vec();
-        let same: usize = (0..3)
-            .map(|me| ExchangePlan::new(me, &held, &wanted, &|_, _| true).unwrap().received_numel())
-            .sum();
-        let moved: usize = (0..3)
-            .map(|me| ExchangePlan::new(me, &shifted, &wanted, &|_, _| true).unwrap().received_numel())
-            .sum();
-        assert_eq!((same, moved), (0, 1));
-    }
-
-    #[test]
-    fn an_element_that_nobody_holds_is_named() {
-        let held = vec![vec![TensorBox { offsets: vec![0], sizes: vec![3] }]];
-        let refused = ExchangePlan::new(0, &held, &[vec![TensorBox::whole(&[4])]], &|_, _| true).unwrap_err();
-        let expected = "exchange to group rank 0: no rank holds box [3]+[1] of shape [4]";
-        assert_eq!(refused.to_string(), expected);
-    }
-}
+mod tests;

@@ -1,223 +1,196 @@
-//! From → to placements on one mesh, as a list of steps. Pure: no tensor, no group.
+//! From → to placements on one mesh: the cheapest steps by what they move. Pure: no tensor, no group.
+//!
+//! Between two reductions one movement of exactly the lacking elements is as cheap as any sequence of movements, so
+//! without pending reductions the plan is one step. With them the order matters (slice, then reduce, then gather may
+//! move less than reducing first), and is searched for: states are placements, edges are steps.
 
-use std::fmt;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
 
 use sconce_mesh::ReduceOp;
 
-use crate::{Error, Placement, Result, TensorBox, local_box, placement::picture};
+use super::geometry::Geometry;
+use super::step::{Action, Plan, Step};
+use crate::{Error, Placement, Result, normalize_placements, placement::picture};
 
-/// One step of a redistribute, and the placements after it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Step {
-    /// What is done.
-    pub action: Action,
-    /// The placements when it is done.
-    pub placements: Vec<Placement>,
-}
-
-/// What a step does. Mesh dims are positions in the mesh's shape.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action {
-    /// Partial → Replicate along one mesh dim.
-    AllReduce {
-        /// The mesh dim.
-        mesh_dim: usize,
-        /// The reduction that was pending.
-        op: ReduceOp,
-    },
-    /// Partial → Shard along one mesh dim.
-    ReduceScatter {
-        /// The mesh dim.
-        mesh_dim: usize,
-        /// The tensor dim that is split.
-        tensor_dim: usize,
-        /// The reduction that was pending.
-        op: ReduceOp,
-    },
-    /// Shard → Replicate along one mesh dim.
-    AllGather {
-        /// The mesh dim.
-        mesh_dim: usize,
-        /// The tensor dim that was split.
-        tensor_dim: usize,
-    },
-    /// Every rank already holds what it needs: a local copy.
-    Slice,
-    /// Every rank receives exactly the elements it lacks, in one all_to_all over the mesh.
-    Exchange,
-    /// Replicate → Partial: a local scaling, so that the reduction gives the tensor back.
-    MakePartial {
-        /// The mesh dim.
-        mesh_dim: usize,
-        /// The reduction that becomes pending.
-        op: ReduceOp,
-    },
-}
-
-impl fmt::Display for Step {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} -> {}", self.action, picture(&self.placements))
-    }
-}
-
-/// Steps that bring a tensor of `shape` from `from` to `to`; none if they are equal.
-///
-/// Reductions come first, reduce-scatters before all-reduces, because they shrink what later steps move; the
-/// rest is one step.
+/// The cheapest plan by elements received, of all orders of steps; of equal ones that with the fewest steps.
 ///
 /// # Errors
-/// `InvalidPlacement` for Partial → another Partial, which has no meaning.
+/// `InvalidPlacement` for placements that do not fit, and for Partial → another Partial, which has no meaning.
 ///
 /// # Source
-/// The transitions of `torch/distributed/tensor/_redistribute.py`; torch walks mesh dims one by one, we move all
-/// shards in one exchange.
-pub fn plan(
-    shape: &[usize],
-    mesh_shape: &[usize],
-    from: &[Placement],
-    to: &[Placement],
-) -> Result<Vec<Step>> {
-    let mut steps = Vec::new();
-    let mut now = from.to_vec();
-    reduce_partials(&mut now, to, &mut steps)?;
-    let moved: Vec<Placement> = to.iter().zip(&now).map(|(to, now)| before_partial(*to, *now)).collect();
-    if let Some(action) = movement(shape, mesh_shape, &now, &moved) {
-        now = moved;
-        steps.push(Step { action, placements: now.clone() });
-    }
-    for mesh_dim in 0..to.len() {
-        if let (Placement::Partial(op), Placement::Replicate) = (to[mesh_dim], now[mesh_dim]) {
-            now[mesh_dim] = to[mesh_dim];
-            steps.push(Step { action: Action::MakePartial { mesh_dim, op }, placements: now.clone() });
-        }
-    }
-    Ok(steps)
+/// The transitions of `torch/distributed/tensor/_redistribute.py`. torch walks mesh dims one by one; here all shards
+/// move in one exchange, and one collective runs over several mesh dims.
+pub fn plan(shape: &[usize], mesh_shape: &[usize], from: &[Placement], to: &[Placement]) -> Result<Plan> {
+    let (from, to) = (
+        normalize_placements(shape.len(), mesh_shape.len(), from)?,
+        normalize_placements(shape.len(), mesh_shape.len(), to)?,
+    );
+    check_reductions(&from, &to)?;
+    let search = Search { geometry: Geometry::new(shape, mesh_shape), to: &to };
+    let steps = search.run(&from);
+    Ok(Plan { shape: shape.to_vec(), mesh_shape: mesh_shape.to_vec(), from, steps })
 }
 
-/// A target that becomes partial at the end is reached through Replicate, unless it is partial already.
-fn before_partial(to: Placement, now: Placement) -> Placement {
-    match to {
-        Placement::Partial(_) if to != now => Placement::Replicate,
-        _ => to,
-    }
-}
-
-fn reduce_partials(now: &mut [Placement], to: &[Placement], steps: &mut Vec<Step>) -> Result<()> {
-    for mesh_dim in 0..now.len() {
-        if let (Placement::Partial(op), Placement::Shard(tensor_dim)) = (now[mesh_dim], to[mesh_dim])
-            && is_innermost(now, mesh_dim, tensor_dim)
+fn check_reductions(from: &[Placement], to: &[Placement]) -> Result<()> {
+    for (mesh_dim, pair) in from.iter().zip(to).enumerate() {
+        if let (Placement::Partial(op), Placement::Partial(other)) = pair
+            && op != other
         {
-            now[mesh_dim] = to[mesh_dim];
-            let action = Action::ReduceScatter { mesh_dim, tensor_dim, op };
-            steps.push(Step { action, placements: now.to_vec() });
-        }
-    }
-    for mesh_dim in 0..now.len() {
-        let Placement::Partial(op) = now[mesh_dim] else { continue };
-        if now[mesh_dim] == to[mesh_dim] {
-            continue;
-        }
-        if let Placement::Partial(other) = to[mesh_dim] {
             let what = format!("a pending {op} cannot become a pending {other} (mesh dim {mesh_dim})");
             return Err(Error::InvalidPlacement { placements: picture(to), what });
         }
-        now[mesh_dim] = Placement::Replicate;
-        steps.push(Step { action: Action::AllReduce { mesh_dim, op }, placements: now.to_vec() });
     }
     Ok(())
 }
 
-/// True if no later mesh dim splits `tensor_dim` further: then the chunks of `mesh_dim` are whole.
-fn is_innermost(placements: &[Placement], mesh_dim: usize, tensor_dim: usize) -> bool {
-    !placements[mesh_dim + 1..].contains(&Placement::Shard(tensor_dim))
+type State = Vec<Placement>;
+
+/// Elements received so far, then steps so far.
+type Cost = (usize, usize);
+
+struct Search<'a> {
+    geometry: Geometry<'a>,
+    to: &'a [Placement],
 }
 
-/// The one step between placements whose pending reductions are equal; `None` if nothing changes.
-fn movement(shape: &[usize], mesh_shape: &[usize], from: &[Placement], to: &[Placement]) -> Option<Action> {
-    if from == to {
-        return None;
-    }
-    let held = boxes_by_coordinate(shape, mesh_shape, from);
-    let wanted = boxes_by_coordinate(shape, mesh_shape, to);
-    if held.iter().zip(&wanted).all(|(held, wanted)| held.contains(wanted)) {
-        return Some(Action::Slice);
-    }
-    let mut changed = (0..from.len()).filter(|dim| from[*dim] != to[*dim]);
-    let (first, more) = (changed.next()?, changed.next());
-    match (from[first], to[first], more) {
-        (Placement::Shard(tensor_dim), Placement::Replicate, None)
-            if is_innermost(from, first, tensor_dim) =>
-        {
-            Some(Action::AllGather { mesh_dim: first, tensor_dim })
+impl Search<'_> {
+    /// Dijkstra's algorithm.
+    fn run(&self, from: &[Placement]) -> Vec<Step> {
+        let mut best: HashMap<State, (Cost, Option<(State, Step)>)> = HashMap::new();
+        best.insert(from.to_vec(), ((0, 0), None));
+        // Of equal costs the one found first is taken, so that all ranks take the same.
+        let mut found = vec![from.to_vec()];
+        let mut open = BinaryHeap::from([Reverse(((0, 0), 0))]);
+        while let Some(Reverse((cost, nth))) = open.pop() {
+            let state = found[nth].clone();
+            if state == self.to {
+                break;
+            }
+            if best.get(&state).is_some_and(|(known, _)| *known < cost) {
+                continue;
+            }
+            for step in self.steps_from(&state) {
+                let next = (cost.0 + step.received_numel, cost.1 + 1);
+                if best.get(&step.placements).is_none_or(|(known, _)| next < *known) {
+                    open.push(Reverse((next, found.len())));
+                    found.push(step.placements.clone());
+                    best.insert(step.placements.clone(), (next, Some((state.clone(), step))));
+                }
+            }
         }
-        _ => Some(Action::Exchange),
+        let mut steps = Vec::new();
+        let mut at = self.to.to_vec();
+        while let Some((_, Some((before, step)))) = best.remove(&at) {
+            steps.push(step);
+            at = before;
+        }
+        steps.reverse();
+        steps
+    }
+
+    /// The mesh dims whose reduction is still to be done, and its op.
+    fn pending(&self, state: &[Placement]) -> Option<(Vec<usize>, ReduceOp)> {
+        let dims: Vec<usize> =
+            (0..state.len()).filter(|dim| state[*dim].is_partial() && state[*dim] != self.to[*dim]).collect();
+        match state.get(*dims.first()?)? {
+            Placement::Partial(op) => Some((dims, *op)),
+            _ => None,
+        }
+    }
+
+    fn steps_from(&self, state: &[Placement]) -> Vec<Step> {
+        let mut steps = self.terms(state);
+        let movable: Vec<usize> = (0..state.len()).filter(|dim| !state[*dim].is_partial()).collect();
+        let targets = match self.pending(state) {
+            Some((pending, op)) => {
+                steps.extend(self.reductions(state, &pending, op));
+                self.assignments(state, &movable, true)
+            }
+            // Nothing is in the way of the target but terms that are still to be made.
+            None => {
+                let (unmade, fixed): (Vec<_>, Vec<_>) =
+                    movable.into_iter().partition(|dim| self.to[*dim].is_partial());
+                self.assignments(&with(state, &fixed, |dim| self.to[dim]), &unmade, true)
+            }
+        };
+        let moves = targets.into_iter().filter_map(|to| {
+            let (action, received_numel) = self.geometry.movement(state, &to)?;
+            Some(Step { action, placements: to, received_numel })
+        });
+        steps.extend(moves);
+        steps
+    }
+
+    /// Steps that make the terms that the target asks for: of what is replicated, and sums of what is split.
+    fn terms(&self, state: &[Placement]) -> Vec<Step> {
+        let mut steps = Vec::new();
+        for mesh_dim in 0..state.len() {
+            let Placement::Partial(op) = self.to[mesh_dim] else { continue };
+            let to = with(state, &[mesh_dim], |_| self.to[mesh_dim]);
+            let mixes = state.iter().any(|p| p.is_partial() && *p != self.to[mesh_dim]);
+            let adds_up = match state[mesh_dim] {
+                Placement::Replicate => true,
+                Placement::Shard(_) => op == ReduceOp::Sum && self.geometry.adds_up(mesh_dim, state, &to),
+                Placement::Partial(_) => false,
+            };
+            if adds_up && !mixes {
+                let action = Action::MakePartial { mesh_dim, op };
+                steps.push(Step { action, placements: to, received_numel: 0 });
+            }
+        }
+        steps
+    }
+
+    fn reductions(&self, state: &[Placement], pending: &[usize], op: ReduceOp) -> Vec<Step> {
+        let mut steps = Vec::new();
+        for mesh_dims in subsets(pending) {
+            let action = Action::AllReduce { mesh_dims: mesh_dims.clone(), op };
+            steps.push(self.reduction(&mesh_dims, action, with(state, &mesh_dims, |_| Placement::Replicate)));
+            let scattered = self.assignments(state, &mesh_dims, false).into_iter();
+            steps.extend(scattered.filter(|to| self.geometry.shrinks(state, to)).map(|to| {
+                let action = Action::ReduceScatter { mesh_dims: mesh_dims.clone(), op };
+                self.reduction(&mesh_dims, action, to)
+            }));
+        }
+        steps
+    }
+
+    fn reduction(&self, mesh_dims: &[usize], action: Action, to: State) -> Step {
+        let received_numel = self.geometry.reduction_numel(mesh_dims, &action, &to);
+        Step { action, placements: to, received_numel }
+    }
+
+    /// `state` with every choice of Shard, and of Replicate if asked for, along `mesh_dims`.
+    fn assignments(&self, state: &[Placement], mesh_dims: &[usize], replicate: bool) -> Vec<State> {
+        let shards = (0..self.geometry.shape.len()).map(|dim| Placement::Shard(dim as isize));
+        let choices: Vec<Placement> = shards.chain(replicate.then_some(Placement::Replicate)).collect();
+        let mut states = vec![state.to_vec()];
+        for dim in mesh_dims {
+            let extended = states.iter().flat_map(|state| {
+                choices.iter().map(|choice| with(state, &[*dim], |_| *choice)).collect::<Vec<_>>()
+            });
+            states = extended.collect();
+        }
+        states
     }
 }
 
-/// The box of each coordinate of the mesh, row-major.
-fn boxes_by_coordinate(shape: &[usize], mesh_shape: &[usize], placements: &[Placement]) -> Vec<TensorBox> {
-    let n_ranks = mesh_shape.iter().product::<usize>();
-    (0..n_ranks).map(|nth| local_box(shape, mesh_shape, &coordinate(mesh_shape, nth), placements)).collect()
+/// `state` with other placements along `mesh_dims`.
+fn with(state: &[Placement], mesh_dims: &[usize], placement: impl Fn(usize) -> Placement) -> State {
+    let mut state = state.to_vec();
+    mesh_dims.iter().for_each(|dim| state[*dim] = placement(*dim));
+    state
 }
 
-/// The coordinate of the `nth` position of a row-major mesh.
-pub(crate) fn coordinate(mesh_shape: &[usize], nth: usize) -> Vec<usize> {
-    let mut left = nth;
-    let mut at = vec![0; mesh_shape.len()];
-    for dim in (0..mesh_shape.len()).rev() {
-        at[dim] = left % mesh_shape[dim];
-        left /= mesh_shape[dim];
-    }
-    at
+/// All subsets that are not empty; larger ones first, so that of equal costs one collective over more dims is taken.
+fn subsets(dims: &[usize]) -> Vec<Vec<usize>> {
+    let subset =
+        |bits: usize| (0..dims.len()).filter(|nth| bits >> nth & 1 == 1).map(|nth| dims[nth]).collect();
+    let mut all: Vec<Vec<usize>> = (1..1usize << dims.len()).map(subset).collect();
+    all.sort_by_key(|subset| Reverse(subset.len()));
+    all
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use Placement::{Partial, Replicate, Shard};
-
-    const SUM: ReduceOp = ReduceOp::Sum;
-
-    #[track_caller]
-    fn check(mesh: &[usize], from: &[Placement], to: &[Placement], expected: &[Action]) {
-        let steps = plan(&[6, 10], mesh, from, to).unwrap();
-        assert_eq!(steps.iter().map(|s| s.action).collect::<Vec<_>>(), expected, "{from:?} -> {to:?}");
-        assert_eq!(steps.last().map_or(from, |s| &s.placements), to);
-    }
-
-    #[test]
-    fn each_transition_takes_its_one_collective() {
-        let (mesh_dim, tensor_dim, op) = (0, 0, SUM);
-        check(&[4], &[Shard(0)], &[Shard(0)], &[]);
-        check(&[4], &[Shard(0)], &[Replicate], &[Action::AllGather { mesh_dim, tensor_dim }]);
-        check(&[4], &[Shard(0)], &[Shard(1)], &[Action::Exchange]);
-        check(&[4], &[Replicate], &[Shard(1)], &[Action::Slice]);
-        check(&[4], &[Partial(SUM)], &[Replicate], &[Action::AllReduce { mesh_dim, op }]);
-        check(&[4], &[Partial(SUM)], &[Shard(0)], &[Action::ReduceScatter { mesh_dim, tensor_dim, op }]);
-        check(&[4], &[Replicate], &[Partial(SUM)], &[Action::MakePartial { mesh_dim, op }]);
-    }
-
-    #[test]
-    fn hsdp_to_replicated_is_one_gather_in_the_shard_group() {
-        let gather = Action::AllGather { mesh_dim: 1, tensor_dim: 0 };
-        check(&[2, 2], &[Replicate, Shard(0)], &[Replicate, Replicate], &[gather]);
-    }
-
-    #[test]
-    fn an_outer_chunk_of_a_nested_split_is_exchanged_not_gathered() {
-        check(&[2, 2], &[Shard(0), Shard(0)], &[Replicate, Shard(0)], &[Action::Exchange]);
-    }
-
-    #[test]
-    fn reductions_come_before_movement() {
-        let reduce = Action::AllReduce { mesh_dim: 0, op: SUM };
-        check(&[2, 2], &[Partial(SUM), Shard(0)], &[Shard(0), Shard(0)], &[reduce, Action::Exchange]);
-    }
-
-    #[test]
-    fn one_pending_reduction_cannot_become_another() {
-        let refused = plan(&[4], &[2], &[Partial(SUM)], &[Partial(ReduceOp::Max)]).unwrap_err();
-        let expected = "placements [P(max)]: a pending sum cannot become a pending max (mesh dim 0)";
-        assert_eq!(refused.to_string(), expected);
-    }
-}
+mod tests;
