@@ -4,13 +4,14 @@
 mod checkpoint;
 mod collectives;
 mod fsdp;
+mod redistribute;
 
 use std::process::Command;
 
 use crate::root;
 
 const USAGE: &str = "usage: cargo xtask bench checkpoint [--torch PYTHON] | collectives [--torch PYTHON] [--ferrotorch] \
-                     | fsdp [--torch PYTHON] | overlap | store";
+                     | fsdp [--torch PYTHON] | redistribute [--torch PYTHON] | overlap | store";
 
 /// Runs the benchmark that `arguments` name.
 pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
@@ -19,6 +20,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
         ("checkpoint", rest) => checkpoint::run(rest),
         ("collectives", rest) => collectives::run(rest),
         ("fsdp", rest) => fsdp::run(rest),
+        ("redistribute", rest) => redistribute::run(rest),
         ("overlap" | "store", []) => shown(mesh_bench(name)),
         _ => Err(USAGE.to_owned()),
     }

@@ -5,13 +5,14 @@
 
 mod bench;
 mod check;
+mod fixtures;
 mod mpi_test;
 mod surface;
 mod tidy;
 
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: cargo xtask check | tidy | surface | mpi-test | bench";
+const USAGE: &str = "usage: cargo xtask check | tidy | surface | mpi-test | fixtures | bench";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
         "bench" => bench::run(&arguments[1..]),
         "check" => check::run(),
         "mpi-test" => mpi_test::run(),
+        "fixtures" => fixtures::run(&arguments[1..]),
         "tidy" => tidy::run(),
         "surface" => surface::run(),
         _ => Err(USAGE.to_owned()),

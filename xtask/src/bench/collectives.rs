@@ -7,10 +7,10 @@ use super::{USAGE, mesh_bench};
 use crate::root;
 
 /// What one program measured: `(ranks, op, bytes)` → figures.
-type Figures = BTreeMap<(usize, String, usize), Figure>;
+pub(super) type Figures = BTreeMap<(usize, String, usize), Figure>;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Figure {
+pub(super) struct Figure {
     seconds: f64,
     /// Seconds that the copies of the algorithm take at the speed of memcpy.
     limit: Option<f64>,
@@ -46,7 +46,7 @@ fn ferrotorch() -> Command {
     command
 }
 
-fn figures(mut command: Command) -> Result<Figures, String> {
+pub(super) fn figures(mut command: Command) -> Result<Figures, String> {
     let what = format!("{command:?}");
     let output = command.current_dir(root()).output().map_err(|e| format!("{what}: {e}"))?;
     if !output.status.success() {
@@ -67,7 +67,7 @@ fn parse(text: &str) -> Figures {
     text.lines().filter_map(line).collect()
 }
 
-fn print(ours: &Figures, peers: &[(&str, Figures)]) {
+pub(super) fn print(ours: &Figures, peers: &[(&str, Figures)]) {
     let names: String = peers.iter().map(|(name, _)| format!("{name:>12} {:>7}", "times")).collect();
     println!("{:>5}  {:<14} {:>9} {:>11} {:>9}{names}", "ranks", "op", "bytes", "sconce", "of limit");
     for ((ranks, op, bytes), figure) in ours {
