@@ -46,6 +46,7 @@ pub(crate) fn run() -> Result<(), String> {
     cargo("test -p sconce-checkpoint --no-default-features --features preemption", &[])?;
     cargo("test -p sconce-mesh --no-default-features --features launcher", &[])?;
     shell(&format!("{main_job} -- --steps 6"))?;
+    cargo("run -q -p sconce-dtensor --example tensor_parallel", &[])?;
     if has_mpi {
         return mpi_test::run();
     }

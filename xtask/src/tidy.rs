@@ -11,6 +11,23 @@ const UNSAFE_FILES: [&str; 3] = [
     "crates/checkpoint/src/storage/mmap.rs",
 ];
 
+/// Files of sconce-dtensor that only compute: no group, no file, no clock.
+const PURE_FILES: [&str; 9] = [
+    "crates/dtensor/src/boxes.rs",
+    "crates/dtensor/src/ops/rules.rs",
+    "crates/dtensor/src/placement.rs",
+    "crates/dtensor/src/redistribute/box_index.rs",
+    "crates/dtensor/src/redistribute/exchange.rs",
+    "crates/dtensor/src/redistribute/geometry.rs",
+    "crates/dtensor/src/redistribute/plan.rs",
+    "crates/dtensor/src/redistribute/step.rs",
+    "crates/dtensor/src/shard_math.rs",
+];
+
+/// What a pure file does not name.
+const IMPURE: [&str; 7] =
+    ["ProcessGroup", "mesh_group", "std::fs", "std::io", "std::net", "std::time", "std::env"];
+
 const MAX_FILE_LINES: usize = 700;
 const MAX_FUNCTION_LINES: usize = 80;
 const MAX_README_LINES: usize = 120;
@@ -69,6 +86,12 @@ fn check_file(name: &str, text: &str) -> Vec<String> {
     if name.contains("/src/") {
         complaints.extend(check_unsafe(name, text));
     }
+    if PURE_FILES.contains(&name) {
+        let code: String = text.split("#[cfg(test)]").take(1).collect();
+        let named =
+            IMPURE.iter().filter(|word| code.lines().any(|line| !is_comment(line) && line.contains(**word)));
+        complaints.extend(named.map(|word| format!("names {word}: this file only computes")));
+    }
     for (crate_dir, other) in
         [("crates/fsdp/src/", "sconce_checkpoint"), ("crates/checkpoint/src/", "sconce_fsdp")]
     {
@@ -77,6 +100,10 @@ fn check_file(name: &str, text: &str) -> Vec<String> {
         }
     }
     complaints
+}
+
+fn is_comment(line: &str) -> bool {
+    line.trim_start().starts_with("//")
 }
 
 /// Functions over the limit, on text that rustfmt formatted: one ends at a brace indented as it began.
@@ -155,5 +182,7 @@ mod tests {
         assert_eq!(check_unsafe(UNSAFE_FILES[0], &format!("// SAFETY: x\n{danger}")).len(), 0);
         assert_eq!(check_file("crates/fsdp/src/a.rs", "//! x\nuse sconce_checkpoint::save;").len(), 1);
         assert_eq!(check_file("a.rs", "fn f() {}").len(), 1);
+        assert_eq!(check_file(PURE_FILES[0], "//! x\nuse std::io::Read;\n").len(), 1);
+        assert_eq!(check_file(PURE_FILES[0], "//! x\n/// Of a ProcessGroup.\n").len(), 0);
     }
 }

@@ -1,5 +1,7 @@
 //! Placements, shard math, redistribute and the state dicts that fsdp and checkpoint share.
 
+#![forbid(unsafe_code)]
+
 #[cfg(feature = "candle")]
 mod agree;
 mod boxes;

@@ -12,7 +12,7 @@ use crate::{Result, TensorBox, copy_runs};
 /// What the values are drawn from.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Distribution {
-    /// From `lo` up to, but without, `up`.
+    /// From `lo` up to `up`.
     Uniform { lo: f64, up: f64 },
     /// The normal distribution.
     Normal { mean: f64, std: f64 },
@@ -35,34 +35,42 @@ pub(crate) fn values(
         let refused = candle_core::Error::UnsupportedDTypeForOp(candle_dtype, "random values");
         return Err(refused).during(what);
     }
+    let precision = precision(dtype);
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut values = Vec::with_capacity(held.numel());
     for run in copy_runs(held, &TensorBox::whole(shape), held) {
         rng.set_word_pos(run.src as u128 * WORDS);
-        values.extend((0..run.len).map(|_| distribution.draw(&mut rng)));
+        values.extend((0..run.len).map(|_| distribution.draw(&mut rng, precision)));
     }
-    // Rounding must not reach the end of a half-open range, which 24 bits do not.
-    let values: Vec<f64> = values;
     let tensor = Tensor::from_vec(values, held.sizes.as_slice(), &Device::Cpu);
     tensor.and_then(|t| t.to_dtype(candle_dtype)).during(what)
 }
 
 impl Distribution {
-    fn draw(self, rng: &mut ChaCha8Rng) -> f64 {
+    fn draw(self, rng: &mut ChaCha8Rng, precision: u32) -> f64 {
         let (first, second) = (rng.next_u64(), rng.next_u64());
         match self {
-            Distribution::Uniform { lo, up } => lo + (up - lo) * unit(first),
+            Distribution::Uniform { lo, up } => lo + (up - lo) * unit(first, precision),
             // Box and Muller's transform, of which the sine is left unused: an element must not depend on its neighbour.
             Distribution::Normal { mean, std } => {
-                let radius = (-2.0 * (1.0 - unit(first)).ln()).sqrt();
-                mean + std * radius * (std::f64::consts::TAU * unit(second)).cos()
+                let radius = (-2.0 * (1.0 - unit(first, 53)).ln()).sqrt();
+                mean + std * radius * (std::f64::consts::TAU * unit(second, 53)).cos()
             }
         }
     }
 }
 
-/// From 0 up to, but without, 1, in steps that f32 holds, so that no conversion rounds up to 1.
-fn unit(bits: u64) -> f64 {
-    const STEP: f64 = 1.0 / (1u64 << 24) as f64;
-    (bits >> 40) as f64 * STEP
+/// Bits of a dtype's significand: numbers in steps of so many bits are not rounded, so that none becomes 1.
+fn precision(dtype: DType) -> u32 {
+    match dtype {
+        DType::BF16 => 8,
+        DType::F16 => 11,
+        DType::F32 => 24,
+        _ => 53,
+    }
+}
+
+/// From 0 up to, but without, 1, in steps of 2^-precision.
+fn unit(bits: u64, precision: u32) -> f64 {
+    (bits >> (64 - precision)) as f64 / (1u64 << precision) as f64
 }
