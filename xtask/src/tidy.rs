@@ -117,7 +117,14 @@ fn long_functions(text: &str) -> Vec<String> {
         if code.starts_with("//") || !words.contains(&"fn") || code.ends_with([';', '}']) {
             continue;
         }
-        let end = (start..lines.len()).find(|n| lines[*n].len() == indent + 1 && lines[*n].ends_with('}'));
+        // A signature over several lines may end without a body, as in a trait.
+        let is_end = |line: &str| {
+            line.len() == indent + 1 && line.ends_with('}')
+                || code.ends_with('(')
+                    && line.get(indent..).is_some_and(|l| l.starts_with(')'))
+                    && line.ends_with(';')
+        };
+        let end = (start..lines.len()).find(|n| is_end(lines[*n]));
         let len = end.map_or(0, |end| end - start + 1);
         if len > MAX_FUNCTION_LINES {
             complaints.push(format!("line {}: a function of {len} lines", start + 1));
@@ -173,6 +180,9 @@ mod tests {
     fn each_rule_finds_what_it_forbids() {
         let long = format!("//! x\nfn f() {{\n{}}}\n", "    g();\n".repeat(MAX_FUNCTION_LINES));
         assert_eq!(long_functions(&long), ["line 2: a function of 82 lines"]);
+        let without_body =
+            format!("//! x\ntrait T {{\n    fn f(\n        &self,\n    ) -> u8;\n{}}}\n", "\n".repeat(90));
+        assert_eq!(long_functions(&without_body).len(), 0);
         let word = ["//", "TODO"].join(" ");
         assert_eq!(unnumbered_todos(&format!("{word}: later")).len(), 1);
         assert_eq!(unnumbered_todos(&format!("{word}(#7): later")).len(), 0);
