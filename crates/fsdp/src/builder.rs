@@ -7,6 +7,7 @@ use candle_nn::VarBuilder;
 use sconce_dtensor::{FlatTensor, LocalTensor};
 use sconce_mesh::{DeviceMesh, GroupRank, ProcessGroup};
 
+use crate::cell::UnitSlot;
 use crate::config::FsdpConfig;
 use crate::declare::{CellBackend, Declared, DeclaredParam, KeptWhole, lock};
 use crate::error::CandleContext;
@@ -17,7 +18,7 @@ use crate::shard::Shard;
 use crate::strategy::Groups;
 use crate::unit::{Unit, UnitParts};
 use crate::wrap::{innermost, is_inside};
-use crate::{Error, Fsdp, Result, Sharded};
+use crate::{Checkpointed, Error, Fsdp, Result, Sharded};
 
 /// Collects the parameters that a model's constructor asks for.
 ///
@@ -70,15 +71,25 @@ impl FsdpBuilder {
     /// # Errors
     /// `UnknownUnit` if the configuration lists units and not this one.
     pub fn wrap<M>(&self, prefix: &str, module: M) -> Result<Sharded<M>> {
-        if !self.config.units.may_wrap(prefix) {
-            return Err(self.config.units.unknown_unit(prefix, "is not in the configuration"));
+        self.check_wrap(prefix)?;
+        Ok(Sharded::new(declared_slot(&self.declared, prefix)?, module))
+    }
+
+    /// As [`FsdpBuilder::wrap`], with activation checkpointing, whether or not the module is a unit.
+    ///
+    /// # Errors
+    /// As [`FsdpBuilder::wrap`].
+    pub fn wrap_checkpointed<M>(&self, prefix: &str, module: M) -> Result<Checkpointed<M>> {
+        self.check_wrap(prefix)?;
+        let slot = declared_slot(&self.declared, prefix)?;
+        Checkpointed::new(slot, module).during(|| format!("anchor of module {prefix:?}"))
+    }
+
+    fn check_wrap(&self, prefix: &str) -> Result<()> {
+        match self.config.units.may_wrap(prefix) {
+            true => Ok(()),
+            false => Err(self.config.units.unknown_unit(prefix, "is not in the configuration")),
         }
-        let mut declared = lock(&self.declared);
-        let slot = declared.slot(prefix).during(|| format!("token of module {prefix:?}"))?;
-        if !declared.wrapped.iter().any(|known| known == prefix) {
-            declared.wrapped.push(prefix.to_owned());
-        }
-        Ok(Sharded::new(slot, module))
     }
 
     /// Lays the parameters out and fills this rank's shards with their initial values.
@@ -155,6 +166,16 @@ impl FsdpBuilder {
         }
         Shard::from_vec(values)
     }
+}
+
+/// The slot of a module's name, which is noted as one that may be a unit.
+fn declared_slot(declared: &Mutex<Declared>, prefix: &str) -> Result<Arc<UnitSlot>> {
+    let mut declared = lock(declared);
+    let slot = declared.slot(prefix).during(|| format!("token of module {prefix:?}"))?;
+    if !declared.wrapped.iter().any(|known| known == prefix) {
+        declared.wrapped.push(prefix.to_owned());
+    }
+    Ok(slot)
 }
 
 /// Gives every rank the first rank's values.

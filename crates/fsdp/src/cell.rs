@@ -270,7 +270,7 @@ impl CustomOp2 for UnitOut {
     }
 }
 
-fn copy_storage(storage: &CpuStorage, layout: &Layout) -> candle_core::Result<CpuStorage> {
+pub(crate) fn copy_storage(storage: &CpuStorage, layout: &Layout) -> candle_core::Result<CpuStorage> {
     let Some((start, end)) = layout.contiguous_offsets() else {
         bail!("the output of a unit must be contiguous here, got {layout:?}");
     };

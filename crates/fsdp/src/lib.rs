@@ -2,6 +2,7 @@
 
 mod builder;
 mod cell;
+mod checkpointed;
 mod config;
 mod declare;
 mod error;
@@ -9,8 +10,10 @@ mod flat_param;
 mod fsdp_model;
 mod gather;
 mod grad_norm;
+mod grad_scaler;
 mod grad_sync;
 mod init;
+pub mod lr;
 mod mixed_precision;
 mod names;
 pub mod nn;
@@ -29,10 +32,12 @@ mod unit;
 mod wrap;
 
 pub use builder::FsdpBuilder;
+pub use checkpointed::Checkpointed;
 pub use config::{FsdpConfig, Overlap};
 pub use error::{Error, Result};
 pub use flat_param::{FlatParameter, ParamLayout, ParamRun};
 pub use fsdp_model::Fsdp;
+pub use grad_scaler::{GradScaler, GradScalerConfig};
 pub use mixed_precision::MixedPrecision;
 pub use names::Names;
 pub use optim::{Adam, AdamConfig, Optimizer, ParamGroup, Sgd, SgdConfig};

@@ -28,6 +28,7 @@ pub(crate) struct Pass {
     units: OnceLock<Vec<Weak<Unit>>>,
     eval: AtomicBool,
     no_sync: AtomicBool,
+    rerun: AtomicBool,
     order: Mutex<UnitOrder>,
     /// By unit, in the order of issue.
     reductions: Mutex<VecDeque<(usize, Reducing)>>,
@@ -42,6 +43,7 @@ impl Pass {
             units: OnceLock::new(),
             eval: AtomicBool::new(false),
             no_sync: AtomicBool::new(false),
+            rerun: AtomicBool::new(false),
             order: Mutex::default(),
             reductions: Mutex::default(),
         })
@@ -73,6 +75,11 @@ impl Pass {
         during(&self.no_sync, f)
     }
 
+    /// Runs `f` as a part of backward: units in it are not where the order of forward has them.
+    pub(crate) fn during_rerun<R>(&self, f: impl FnOnce() -> R) -> R {
+        during(&self.rerun, f)
+    }
+
     /// A forward of the whole model begins.
     pub(crate) fn forward_begins(&self) {
         lock(&self.order).forward_begins();
@@ -80,6 +87,9 @@ impl Pass {
 
     /// Unit `index` begins its forward: gathers those that followed it last time.
     pub(crate) fn forward_reached(&self, index: usize) -> Result<()> {
+        if self.rerun.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         let next = lock(&self.order).forward_reached(index, self.overlap.forward_prefetch);
         self.prefetch(&next)
     }

@@ -106,6 +106,16 @@ impl Unit {
         Ok(output)
     }
 
+    /// Runs `forward` a second time, in backward: what it gathers stays until the unit's gradients have come.
+    pub(crate) fn run_again(
+        &self,
+        input: &Tensor,
+        forward: impl FnOnce() -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        self.unshard().map_err(|error| self.pass.failure.keep(error))?;
+        self.mark(&[input], self.pass.during_rerun(forward)?)
+    }
+
     /// Outputs through which backward finds its way into the unit, or that end the graph if none is needed.
     fn mark<O: UnitOutput>(&self, inputs: &[&Tensor], output: O) -> candle_core::Result<O> {
         let token = input_token(inputs)?;

@@ -1,6 +1,7 @@
 //! Fixtures, the multi-rank harness and models for the tests of Sconce.
 #![allow(clippy::expect_used, clippy::panic, reason = "a harness fails its test by panicking")]
 
+mod alloc;
 pub mod conformance;
 mod faults;
 mod faulty_group;
@@ -12,6 +13,7 @@ mod procs;
 mod ranks;
 pub mod strategies;
 
+pub use alloc::{CountingAllocator, live_bytes, peak_bytes};
 pub use faults::{DELAY, Fault, FaultPlan, Faults, Point, Verdict};
 pub use faulty_group::{FaultyStore, strike_collectives};
 pub use faulty_storage::{FaultyReader, FaultyTensor, FaultyWriter};

@@ -1,0 +1,140 @@
+//! Checkpointed: a unit that keeps no activations but its input, and runs its forward again in backward.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Storage, Tensor, Var};
+use candle_nn::Module;
+
+use crate::cell::{UnitSlot, copy_storage};
+
+/// A module that trades time for memory: of its forward only the input and the output are kept; backward runs the forward
+/// again, in the one gathering of parameters that it needs anyway.
+///
+/// Made by [`FsdpBuilder::wrap_checkpointed`](crate::FsdpBuilder::wrap_checkpointed). The module must compute the same when
+/// it runs again: no fresh random numbers. Gradients of its parameters reach them as ever, those of other variables that
+/// it uses are lost: they belong in its input.
+///
+/// # Source
+/// `torch.utils.checkpoint` (`use_reentrant=True`) applied by `apply_activation_checkpointing`.
+pub struct Checkpointed<M> {
+    slot: Arc<UnitSlot>,
+    module: Arc<M>,
+    /// What makes backward come here even if the input needs no gradient.
+    anchor: Tensor,
+}
+
+impl<M> Checkpointed<M> {
+    pub(crate) fn new(slot: Arc<UnitSlot>, module: M) -> Result<Self> {
+        let anchor = Var::zeros(1, DType::F32, &Device::Cpu)?.as_tensor().clone();
+        Ok(Self { slot, module: Arc::new(module), anchor })
+    }
+
+    /// The wrapped module.
+    pub fn module(&self) -> &M {
+        &self.module
+    }
+}
+
+impl<M> fmt::Debug for Checkpointed<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Checkpointed").field("unit", &self.slot).finish_non_exhaustive()
+    }
+}
+
+impl<M> Clone for Checkpointed<M> {
+    fn clone(&self) -> Self {
+        Self { slot: self.slot.clone(), module: self.module.clone(), anchor: self.anchor.clone() }
+    }
+}
+
+impl<M: Module + Send + Sync + 'static> Module for Checkpointed<M> {
+    fn forward(&self, input: &Tensor) -> Result<Tensor> {
+        let Some(unit) = self.slot.get().map_err(candle_core::Error::wrap)? else {
+            return recomputed(&self.anchor, input, self.module.clone(), None);
+        };
+        if unit.pass.is_eval() {
+            return unit.run(&[], || self.module.forward(input));
+        }
+        recomputed(&self.anchor, input, self.module.clone(), Some(self.slot.clone()))
+    }
+}
+
+/// The module's output, whose backward runs the module again, as the unit of `slot` if there is one.
+fn recomputed<M: Module + Send + Sync + 'static>(
+    anchor: &Tensor,
+    input: &Tensor,
+    module: Arc<M>,
+    slot: Option<Arc<UnitSlot>>,
+) -> Result<Tensor> {
+    let unit = || slot.as_ref().map(|slot| slot.get().map_err(candle_core::Error::wrap)).transpose();
+    let kept = input.detach();
+    let output = match unit()?.flatten() {
+        Some(unit) => unit.pass.during_eval(|| unit.run(&[], || module.forward(&kept)))?,
+        None => module.forward(&kept)?.detach(),
+    };
+    let again = move |input: &Tensor| match slot.as_ref().map(|slot| slot.get()) {
+        None => module.forward(input),
+        Some(unit) => match unit.map_err(candle_core::Error::wrap)? {
+            Some(unit) => unit.run_again(input, || module.forward(input)),
+            None => module.forward(input),
+        },
+    };
+    anchor.apply_op2(input, Recompute { again: Box::new(again), output: Mutex::new(Some(output)) })
+}
+
+struct Recompute {
+    again: Box<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>,
+    /// What forward computed, until it becomes the op's result.
+    output: Mutex<Option<Tensor>>,
+}
+
+impl CustomOp2 for Recompute {
+    fn name(&self) -> &'static str {
+        "fsdp-checkpointed"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _anchor: &CpuStorage,
+        _: &Layout,
+        _input: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let output = self.output.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(output) = output else { candle_core::bail!("a checkpointed unit's op runs once") };
+        let output = output.contiguous()?;
+        let (storage, layout) = output.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(storage) => Ok((copy_storage(storage, layout)?, layout.shape().clone())),
+            other => candle_core::bail!("the output of a unit lies on {:?}", other.device().location()),
+        }
+    }
+
+    fn bwd(
+        &self,
+        _anchor: &Tensor,
+        input: &Tensor,
+        _output: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        if !(input.track_op() && input.dtype().is_float()) {
+            self.backward(&input.detach(), gradient)?;
+            return Ok((None, None));
+        }
+        let leaf = Var::from_tensor(&input.detach())?;
+        let gradients = self.backward(leaf.as_tensor(), gradient)?;
+        // candle needs a gradient for every node that it walks.
+        let of_input = gradients.get(&leaf).map_or_else(|| leaf.zeros_like(), |g| Ok(g.clone()))?;
+        Ok((None, Some(of_input)))
+    }
+}
+
+impl Recompute {
+    /// Runs the module again, and backward through it: the gradient of this sum with respect to the output is
+    /// `gradient`.
+    fn backward(&self, input: &Tensor, gradient: &Tensor) -> Result<GradStore> {
+        (self.again)(input)?.mul(&gradient.detach())?.sum_all()?.backward()
+    }
+}

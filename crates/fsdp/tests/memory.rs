@@ -1,0 +1,131 @@
+//! What a step costs in memory, counted by the allocator, with one process a rank.
+//!
+//! `SCONCE_MEMORY_WIDTH=4096` makes the units 64 MiB instead of 4.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "test code: clippy knows it only inside `#[test]` functions"
+)]
+
+use std::time::Duration;
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{Linear, Module, linear_no_bias};
+use sconce_fsdp::{
+    Fsdp, FsdpBuilder, FsdpConfig, Optimizer, Overlap, Sgd, SgdConfig, Sharded, ShardingStrategy, WrapPolicy,
+};
+use sconce_mesh::{DeviceMesh, DeviceType, ProcessGroup};
+use sconce_testkit::{CountingAllocator, live_bytes, peak_bytes, rank_tests};
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator;
+
+const UNITS: usize = 16;
+const RANKS: usize = 4;
+const BATCH: usize = 2;
+
+fn width() -> usize {
+    std::env::var("SCONCE_MEMORY_WIDTH").map_or(1024, |width| width.parse().unwrap())
+}
+
+fn unit_bytes() -> f64 {
+    (4 * width() * width()) as f64
+}
+
+struct Trained {
+    layers: Vec<Sharded<Linear>>,
+    fsdp: Fsdp,
+    optim: Sgd,
+    x: Tensor,
+}
+
+impl Trained {
+    fn new(world: &ProcessGroup, strategy: ShardingStrategy, overlap: Overlap) -> Self {
+        let mesh = DeviceMesh::new(world, DeviceType::Cpu, &[world.size()], &[]).unwrap();
+        let units = WrapPolicy::RepeatedBlocks(vec!["layers".to_owned()]);
+        let config = FsdpConfig { strategy, units, overlap, ..FsdpConfig::default() };
+        let builder = FsdpBuilder::new(&mesh, config).unwrap();
+        let layer = |nth: usize| {
+            let name = format!("layers.{nth}");
+            let linear = linear_no_bias(width(), width(), builder.var_builder().pp(&name)).unwrap();
+            builder.wrap(&name, linear).unwrap()
+        };
+        let layers = (0..UNITS).map(layer).collect();
+        let fsdp = builder.build().unwrap();
+        let optim = Sgd::new(&fsdp, SgdConfig::default()).unwrap();
+        let x = Tensor::ones((BATCH, width()), DType::F32, &Device::Cpu).unwrap();
+        Self { layers, fsdp, optim, x }
+    }
+
+    fn forward(&self) -> Tensor {
+        let forward =
+            || self.layers.iter().try_fold(self.x.clone(), |x, layer| layer.forward(&x))?.sqr()?.mean_all();
+        self.fsdp.forward(&[], forward).unwrap()
+    }
+
+    fn step(&mut self) {
+        let loss = self.forward();
+        drop(self.fsdp.backward(&loss).unwrap());
+        drop(loss);
+        self.optim.step(&self.fsdp).unwrap();
+    }
+}
+
+/// What a rank allocates whatever the size of its units: the graph, buffers of matrix products, the collectives' lists.
+const FIXED_BYTES: f64 = (1 << 20) as f64;
+
+/// Bytes of a peak in units, without this rank's shards, what activations take at most (a few tensors of the batch's
+/// size for each unit in forward and in backward), and `FIXED_BYTES`.
+fn in_units(peak: usize, before: usize) -> f64 {
+    let activations = (UNITS * 6 * 4 * BATCH * width()) as f64;
+    let shards = UNITS as f64 * unit_bytes() / RANKS as f64;
+    ((peak - before) as f64 - shards - activations - FIXED_BYTES) / unit_bytes()
+}
+
+fn measure(world: &ProcessGroup, strategy: ShardingStrategy, overlap: Overlap) -> (f64, f64) {
+    let before = live_bytes();
+    let mut trained = Trained::new(world, strategy, overlap);
+    trained.step();
+    let (loss, forward) = peak_bytes(|| trained.forward());
+    drop(loss);
+    let ((), whole) = peak_bytes(|| trained.step());
+    let settled = live_bytes();
+    (0..3).for_each(|_| trained.step());
+    let growth = live_bytes().saturating_sub(settled);
+    assert!(growth < 1 << 16, "grew by {growth} bytes in three steps");
+    world.barrier().unwrap();
+    (in_units(forward, before), in_units(whole, before))
+}
+
+/// Sharded gradients, in units.
+const GRADIENTS: f64 = UNITS as f64 / RANKS as f64;
+
+/// candle's backward of `x.matmul(&w.t()?)` holds, beside the parameters, five tensors of the weight's size: a zeroed
+/// gradient, the product and their sum, all kept until the transposition has added the sum to another zeroed gradient.
+/// When that comes last but one, all gradients but two units' are reduced: 6 units less half of one.
+const PLAIN_CANDLE: f64 = 5.5;
+
+fn full_shard(world: &ProcessGroup, overlap: Overlap) {
+    let (forward, whole) = measure(world, ShardingStrategy::FullShard, overlap);
+    println!("FullShard, {overlap:?}: forward {forward:.2} units, step {whole:.2} beside the shards");
+    assert!(forward <= 2.0, "forward: {forward} units");
+    assert!(whole <= GRADIENTS + PLAIN_CANDLE, "step: {whole} units");
+}
+
+fn shard_grad_op(world: &ProcessGroup) {
+    let (forward, whole) = measure(world, ShardingStrategy::ShardGradOp, Overlap::default());
+    println!("ShardGradOp: forward {forward:.2} units, step {whole:.2} beside the shards");
+    assert!(forward <= UNITS as f64, "forward: {forward} units");
+    assert!(whole <= GRADIENTS + 5.0 + UNITS as f64, "step: {whole} units");
+}
+
+rank_tests! {
+    ranks: RANKS, deadline: Duration::from_secs(300);
+    mod a_step_holds_no_more_than_its_strategy_needs {
+        full_shard_without_overlap => |rank| full_shard(&rank.world, Overlap::NONE);
+        full_shard_with_overlap => |rank| full_shard(&rank.world, Overlap::default());
+        shard_grad_op_keeps_all_units => |rank| shard_grad_op(&rank.world);
+    }
+}
