@@ -84,8 +84,10 @@ fn recomputed<M: Module + Send + Sync + 'static>(
     anchor.apply_op2(input, Recompute { again: Box::new(again), output: Mutex::new(Some(output)) })
 }
 
+type Forward = Box<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>;
+
 struct Recompute {
-    again: Box<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>,
+    again: Forward,
     /// What forward computed, until it becomes the op's result.
     output: Mutex<Option<Tensor>>,
 }

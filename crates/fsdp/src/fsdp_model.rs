@@ -128,6 +128,11 @@ impl Fsdp {
         &self.mesh
     }
 
+    /// How the model is spread over the mesh.
+    pub fn sharding_strategy(&self) -> ShardingStrategy {
+        self.strategy
+    }
+
     /// Number of elements of this rank's shards, padding included.
     pub fn shard_numel(&self) -> usize {
         self.units.iter().map(|unit| unit.flat.shard_numel()).sum()

@@ -11,13 +11,16 @@ use crate::mixed_precision::Float;
 
 /// All parameters of a unit, each in a storage of its own, from this rank's shard and the others'.
 ///
-/// Ranks: collective over `group`: one all-gather.
+/// Ranks: collective over `group`: one all-gather, none for a unit without parameters.
 pub(crate) fn gather(
     group: &ProcessGroup,
     flat: &FlatParameter,
     shard: &Arc<Vec<f32>>,
     dtype: DType,
 ) -> sconce_mesh::Result<Vec<CpuStorage>> {
+    if flat.params().is_empty() {
+        return Ok(Vec::new());
+    }
     match dtype {
         DType::F16 => gather_as::<f16>(group, flat, &f16::from_shard(shard)),
         DType::BF16 => gather_as::<bf16>(group, flat, &bf16::from_shard(shard)),

@@ -17,11 +17,17 @@ impl UnitOutput for Tensor {
     }
 }
 
-impl<A: UnitOutput, B: UnitOutput> UnitOutput for (A, B) {
-    fn map_tensors(self, f: &mut dyn FnMut(Tensor) -> Result<Tensor>) -> Result<Self> {
-        Ok((self.0.map_tensors(f)?, self.1.map_tensors(f)?))
-    }
+macro_rules! tuple_outputs {
+    ($(($($name:ident $index:tt),+)),+) => {$(
+        impl<$($name: UnitOutput),+> UnitOutput for ($($name,)+) {
+            fn map_tensors(self, f: &mut dyn FnMut(Tensor) -> Result<Tensor>) -> Result<Self> {
+                Ok(($(self.$index.map_tensors(f)?,)+))
+            }
+        }
+    )+};
 }
+
+tuple_outputs!((A 0, B 1), (A 0, B 1, C 2), (A 0, B 1, C 2, D 3));
 
 impl<A: UnitOutput> UnitOutput for Vec<A> {
     fn map_tensors(self, f: &mut dyn FnMut(Tensor) -> Result<Tensor>) -> Result<Self> {

@@ -94,6 +94,13 @@ impl Pass {
         self.prefetch(&next)
     }
 
+    /// Unit `index` ends its forward.
+    pub(crate) fn forward_left(&self, index: usize) {
+        if !self.rerun.load(Ordering::Relaxed) {
+            lock(&self.order).forward_left(index);
+        }
+    }
+
     /// Backward reaches the output of unit `index`: gathers those that ran before it.
     pub(crate) fn backward_reached(&self, index: usize) -> Result<()> {
         let next = lock(&self.order).backward_reached(index, self.overlap.backward_prefetch);

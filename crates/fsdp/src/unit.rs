@@ -100,6 +100,7 @@ impl Unit {
         let begun = self.unshard().and_then(|()| self.pass.forward_reached(self.index));
         begun.map_err(|error| self.pass.failure.keep(error))?;
         let output = self.mark(inputs, forward()?)?;
+        self.pass.forward_left(self.index);
         if self.reshard_after_forward || self.pass.is_eval() {
             self.reshard().map_err(|error| self.pass.failure.keep(error))?;
         }
@@ -137,7 +138,8 @@ impl Unit {
     /// Begins to gather, so that the collective runs beside what this thread computes next.
     pub(crate) fn prefetch(&self) -> Result<()> {
         let mut state = self.state();
-        if self.groups.shard.size() > 1 && matches!(state.params, Params::Freed) {
+        let communicates = self.groups.shard.size() > 1 && !self.flat.params().is_empty();
+        if communicates && matches!(state.params, Params::Freed) {
             let (flat, shard, dtype) = (self.flat.clone(), self.shard.values(), self.dtype());
             let gathering = self.groups.shard.issue(move |group| gather(group, &flat, &shard, dtype));
             state.params = Params::Gathering(gathering);
