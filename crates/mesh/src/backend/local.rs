@@ -4,6 +4,7 @@
 //! (`segment.rs`); `ffi.rs` says why its slices are sound, `exchange.rs` runs one collective, `rounds.rs` says what
 //! each collective moves.
 
+mod barrier;
 mod bootstrap;
 mod exchange;
 mod failure;

@@ -3,8 +3,9 @@
 //! It lies in the group's segment, so that ranks that had not noticed yet return the same cause.
 
 use std::hint::spin_loop;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::barrier::Word;
 use super::ffi::Mapping;
 use super::segment::{GroupWord, RankWord};
 
@@ -39,48 +40,74 @@ impl Cause {
 
 /// Records `cause` unless the group has failed already, and returns the cause that counts.
 pub(super) fn record(mapping: &Mapping, cause: Cause) -> Cause {
-    let state = mapping.group_word(GroupWord::FailureState);
-    if state.compare_exchange(EMPTY, WRITING, Ordering::AcqRel, Ordering::Acquire).is_ok() {
-        write(mapping, &cause);
-        state.store(COMPLETE, Ordering::Release);
-        return cause;
-    }
-    for _ in 0..LOOKS {
-        if let Some(first) = read(mapping) {
-            return first;
-        }
-        spin_loop();
-    }
-    cause
+    Record::of(mapping).write_first(cause, LOOKS, spin_loop)
 }
 
 /// The recorded cause, if there is a complete one.
 pub(super) fn read(mapping: &Mapping) -> Option<Cause> {
-    if mapping.group_word(GroupWord::FailureState).load(Ordering::Acquire) != COMPLETE {
-        return None;
-    }
-    let rank = mapping.group_word(GroupWord::FailureRank).load(Ordering::Relaxed) as usize;
-    match mapping.group_word(GroupWord::FailureKind).load(Ordering::Relaxed) {
-        1 => Some(Cause::Departed(rank)),
-        2 => Some(Cause::Timeout((0..mapping.geometry().ranks()).map(|g| had_arrived(mapping, g)).collect())),
-        _ => Some(Cause::Aborted(rank)),
-    }
+    Record::of(mapping).read()
 }
 
-fn had_arrived(mapping: &Mapping, rank: usize) -> bool {
-    mapping.rank_word(rank, RankWord::FailureArrived).load(Ordering::Relaxed) == 1
+/// The words of a failure record.
+struct Record<'a, W> {
+    state: &'a W,
+    kind: &'a W,
+    rank: &'a W,
+    /// One for each group rank.
+    arrived: Vec<&'a W>,
 }
 
-fn write(mapping: &Mapping, cause: &Cause) {
-    mapping.group_word(GroupWord::FailureKind).store(cause.kind(), Ordering::Relaxed);
-    match cause {
-        Cause::Departed(rank) | Cause::Aborted(rank) => {
-            mapping.group_word(GroupWord::FailureRank).store(*rank as u32, Ordering::Relaxed);
+impl<'a> Record<'a, AtomicU32> {
+    fn of(mapping: &'a Mapping) -> Self {
+        let arrived = |rank| mapping.rank_word(rank, RankWord::FailureArrived);
+        Record {
+            state: mapping.group_word(GroupWord::FailureState),
+            kind: mapping.group_word(GroupWord::FailureKind),
+            rank: mapping.group_word(GroupWord::FailureRank),
+            arrived: (0..mapping.geometry().ranks()).map(arrived).collect(),
         }
-        Cause::Timeout(arrived) => {
-            for (rank, arrived) in arrived.iter().enumerate() {
-                let word = mapping.rank_word(rank, RankWord::FailureArrived);
-                word.store(u32::from(*arrived), Ordering::Relaxed);
+    }
+}
+
+impl<W: Word> Record<'_, W> {
+    fn write_first(&self, cause: Cause, looks: usize, mut pause: impl FnMut()) -> Cause {
+        if self.state.replace(EMPTY, WRITING) {
+            self.write(&cause);
+            self.state.store(COMPLETE, Ordering::Release);
+            return cause;
+        }
+        for _ in 0..looks {
+            if let Some(first) = self.read() {
+                return first;
+            }
+            pause();
+        }
+        cause
+    }
+
+    fn read(&self) -> Option<Cause> {
+        if self.state.load(Ordering::Acquire) != COMPLETE {
+            return None;
+        }
+        let rank = self.rank.load(Ordering::Relaxed) as usize;
+        match self.kind.load(Ordering::Relaxed) {
+            1 => Some(Cause::Departed(rank)),
+            2 => {
+                let arrived = self.arrived.iter().map(|word| word.load(Ordering::Relaxed) == 1);
+                Some(Cause::Timeout(arrived.collect()))
+            }
+            _ => Some(Cause::Aborted(rank)),
+        }
+    }
+
+    fn write(&self, cause: &Cause) {
+        self.kind.store(cause.kind(), Ordering::Relaxed);
+        match cause {
+            Cause::Departed(rank) | Cause::Aborted(rank) => self.rank.store(*rank as u32, Ordering::Relaxed),
+            Cause::Timeout(arrived) => {
+                for (word, arrived) in self.arrived.iter().zip(arrived) {
+                    word.store(u32::from(*arrived), Ordering::Relaxed);
+                }
             }
         }
     }
@@ -100,5 +127,28 @@ mod tests {
             assert_eq!(record(&mapping, Cause::Departed(1)), first);
             assert_eq!(read(&mapping), Some(first));
         }
+    }
+
+    #[test]
+    fn all_ranks_that_find_out_at_the_same_time_return_one_whole_cause() {
+        use loom::sync::atomic::AtomicU32;
+        use loom::thread;
+
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(|| {
+            let words: loom::sync::Arc<[AtomicU32; 5]> = loom::sync::Arc::default();
+            let ranks = [Cause::Departed(1), Cause::Timeout(vec![true, false])].map(|cause| {
+                let words = loom::sync::Arc::clone(&words);
+                thread::spawn(move || {
+                    let [state, kind, rank, first, second] = &*words;
+                    let record = Record { state, kind, rank, arrived: vec![first, second] };
+                    record.write_first(cause, usize::MAX, thread::yield_now)
+                })
+            });
+            let told = ranks.map(|rank| rank.join().unwrap());
+            assert_eq!(told[0], told[1]);
+            assert!([Cause::Departed(1), Cause::Timeout(vec![true, false])].contains(&told[0]), "{told:?}");
+        });
     }
 }

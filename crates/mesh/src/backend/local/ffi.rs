@@ -10,7 +10,8 @@
 //! - *Nobody reads what I write.* My half (p + 1) % 2 was passed on at p − 1. Who reads it has not arrived at p,
 //!   but I have crossed p, so all have.
 //! - *Memory order.* An arrival is a release and the crossing an acquire of the same counter, see
-//!   [`Stage::cross`]; what a peer wrote before it arrived is visible after.
+//!   [`Barrier`]; what a peer wrote before it arrived is visible after. Its tests explore every interleaving of small
+//!   worlds.
 //! - *One writer a half.* A `Stage` is made once for each rank ([`Stage::claim`]) and is not `Clone`.
 //! - *After a failure* the stage is gone, consumed by the crossing that failed.
 //!
@@ -27,6 +28,7 @@ use std::time::Duration;
 use rustix::mm::{MapFlags, ProtFlags};
 use rustix::thread::futex;
 
+use super::barrier::Barrier;
 use super::segment::{BarrierWord, Geometry, GroupWord, HALF_BYTES, RankWord};
 
 /// A mapped segment.
@@ -95,6 +97,16 @@ impl Mapping {
     pub(super) fn sleep(&self, current: u32, limit: Duration) -> rustix::io::Result<()> {
         let limit = futex::Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
         futex::wait(self.barrier_word(BarrierWord::Phase), futex::Flags::empty(), current, Some(&limit))
+    }
+
+    /// The phase barrier as rank `rank` sees it.
+    fn barrier(&self, rank: usize) -> Barrier<'_, AtomicU32> {
+        Barrier {
+            ranks: self.geometry.ranks() as u32,
+            arrivals: self.barrier_word(BarrierWord::Arrivals),
+            phase: self.barrier_word(BarrierWord::Phase),
+            arrived: self.barrier_word(BarrierWord::Arrived(rank)),
+        }
     }
 
     fn barrier_word(&self, word: BarrierWord) -> &AtomicU32 {
@@ -174,30 +186,13 @@ impl Stage {
     /// `wait` is called with the number of the phase as long as it is not reached. It may return early.
     pub(super) fn cross<E>(mut self, mut wait: impl FnMut(u32) -> Result<(), E>) -> Result<Stage, E> {
         let target = self.phase.wrapping_add(1);
-        self.arrive(target);
-        // Acquire pairs with the release in `arrive` by the last rank, which acquired all others' arrivals.
-        while self.mapping.phase() != target {
+        let barrier = self.mapping.barrier(self.me);
+        barrier.arrive(target);
+        while !barrier.is_open(target) {
             wait(target)?;
         }
         self.phase = target;
         Ok(self)
-    }
-
-    /// Counts this rank in; the last one resets the counter, opens the phase and wakes the others.
-    ///
-    /// The phase is `target` − 1 until all have arrived and cannot pass `target` before this rank arrives again,
-    /// so equality is enough and the numbers may wrap.
-    fn arrive(&self, target: u32) {
-        let ranks = self.mapping.geometry.ranks() as u32;
-        self.mapping.barrier_word(BarrierWord::Arrived(self.me)).store(target, Ordering::Release);
-        let arrivals = self.mapping.barrier_word(BarrierWord::Arrivals);
-        if arrivals.fetch_add(1, Ordering::AcqRel) + 1 == ranks {
-            arrivals.store(0, Ordering::Relaxed);
-            let phase = self.mapping.barrier_word(BarrierWord::Phase);
-            phase.store(target, Ordering::Release);
-            // It fails only for a bad address or flag; sleepers look again by themselves in any case.
-            let _woken = futex::wake(phase, futex::Flags::empty(), i32::MAX as u32);
-        }
     }
 }
 

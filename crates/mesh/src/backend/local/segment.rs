@@ -22,7 +22,8 @@ const PAGE: usize = 4096;
 const WORDS_PER_LINE: usize = 16;
 const GROUP_LINES: usize = 4;
 
-/// Control words of the phase barrier, on which the soundness of `ffi.rs` rests: written only there.
+/// Control words of the phase barrier, on which the soundness of `ffi.rs` rests: reached only there, written only by
+/// `barrier.rs`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum BarrierWord {
     /// How many ranks have arrived at the next phase.
