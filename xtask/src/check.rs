@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::Instant;
 
-use crate::{mpi_test, root, surface, tidy};
+use crate::{demo, mpi_test, root, surface, tidy};
 
 /// Feature sets that must build and lint clean: the default, none, and each alone.
 const FEATURE_SETS: &[&str] = &[
@@ -47,6 +47,7 @@ pub(crate) fn run() -> Result<(), String> {
     cargo("test -p sconce-mesh --no-default-features --features launcher", &[])?;
     shell(&format!("{main_job} -- --steps 6"))?;
     cargo("run -q -p sconce-dtensor --example tensor_parallel", &[])?;
+    demo::run(&["elastic".to_owned()])?;
     if has_mpi {
         return mpi_test::run();
     }

@@ -5,6 +5,8 @@
 
 mod bench;
 mod check;
+mod demo;
+mod faults;
 mod fixtures;
 mod mpi_test;
 mod surface;
@@ -12,7 +14,7 @@ mod tidy;
 
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: cargo xtask check | tidy | surface | mpi-test | fixtures | bench";
+const USAGE: &str = "usage: cargo xtask check | tidy | surface | mpi-test | fixtures | bench | demo | faults";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -20,8 +22,10 @@ fn main() -> ExitCode {
     let outcome = match task.as_str() {
         "bench" => bench::run(&arguments[1..]),
         "check" => check::run(),
-        "mpi-test" => mpi_test::run(),
+        "demo" => demo::run(&arguments[1..]),
+        "faults" => faults::run(&arguments[1..]),
         "fixtures" => fixtures::run(&arguments[1..]),
+        "mpi-test" => mpi_test::run(),
         "tidy" => tidy::run(),
         "surface" => surface::run(),
         _ => Err(USAGE.to_owned()),
