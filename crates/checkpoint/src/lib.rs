@@ -10,7 +10,10 @@ mod plan;
 mod planner;
 mod read;
 mod save;
+mod save_cache;
+mod saver;
 mod series;
+mod staging;
 mod stateful;
 mod storage;
 mod tree;
@@ -29,6 +32,7 @@ pub use plan::{
 };
 pub use planner::{DefaultLoadPlanner, DefaultSavePlanner, LoadPlanner, SavePlanner};
 pub use save::{SaveOptions, SaveReport, save, save_to, save_with};
+pub use saver::Saver;
 pub use series::{Best, Order, Preemption, Resumed, Retention, Series, SeriesOptions, SeriesReport, Skipped};
 pub use stateful::{load_parts, save_parts};
 pub use storage::{

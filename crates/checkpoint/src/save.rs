@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::coordinate::Ranks;
-use crate::plan::{Layout, SavePlan, WritePlan, WrittenFile};
+use crate::plan::{Layout, WrittenFile};
 use crate::planner::{DefaultSavePlanner, SavePlanner};
+use crate::save_cache::{Offer, Reply, SaveCache};
 use crate::storage::{FileSystemWriter, StorageWriter};
 
 /// How a checkpoint is saved.
@@ -109,19 +110,37 @@ pub fn save_to(
     state: &StateDict<'_>,
     group: Option<&ProcessGroup>,
 ) -> Result<SaveReport> {
+    run(writer, planner, Ok(state), group, &mut SaveCache::default())
+}
+
+/// [`save_to`], with what the ranks remember of the save before. A rank that has no state to save says so to the others.
+pub(crate) fn run(
+    writer: &mut dyn StorageWriter,
+    planner: &mut dyn SavePlanner,
+    state: Result<&StateDict<'_>>,
+    group: Option<&ProcessGroup>,
+    cache: &mut SaveCache,
+) -> Result<SaveReport> {
     let ranks = Ranks(group);
     let mut layout = None;
-    let local = planner.local_plan(state);
+    let local = state.and_then(|state| Ok((state, planner.local_plan(state)?)));
+    let offer = local.as_ref().map(|(_, plan)| cache.offer(plan)).map_err(Clone::clone);
     let task: Result<Task> =
-        ranks.reduce_scatter("plan", local, |plans| plan(plans, planner, writer, &mut layout));
+        ranks.reduce_scatter("plan", offer, |offers| plan(offers, planner, writer, cache, &mut layout));
     let is_prepared = layout.is_some();
     let outcome = task.and_then(|Task { place, plan }| {
-        let written = planner.finish_plan(plan).and_then(|plan| writer.write(&place, &plan, state));
+        let written = local.and_then(|(state, local)| {
+            let write = planner.finish_plan(cache.accept(local, plan)?)?;
+            writer.write(&place, &write, state)
+        });
         let n_ranks = ranks.size();
         ranks.reduce_scatter("write", written, |files| finish(layout.take(), writer, files, n_ranks))
     });
-    if is_prepared && outcome.is_err() {
-        writer.discard();
+    if outcome.is_err() {
+        cache.clear();
+        if is_prepared {
+            writer.discard();
+        }
     }
     outcome
 }
@@ -130,19 +149,21 @@ pub fn save_to(
 #[derive(Serialize, Deserialize)]
 struct Task {
     place: Vec<u8>,
-    plan: WritePlan,
+    plan: Reply,
 }
 
 /// The coordinator's first step: one task for each rank.
 fn plan(
-    plans: Vec<SavePlan>,
+    offers: Vec<Offer>,
     planner: &mut dyn SavePlanner,
     writer: &mut dyn StorageWriter,
+    cache: &mut SaveCache,
     layout: &mut Option<Layout>,
 ) -> Result<Vec<Task>> {
-    let global = planner.global_plan(plans)?;
+    let (global, is_same) = cache.global(offers, |plans| planner.global_plan(plans))?;
     let place = writer.prepare(layout.insert(global.layout))?;
-    Ok(global.writes.into_iter().map(|plan| Task { place: place.clone(), plan }).collect())
+    let reply = |write| Task { place: place.clone(), plan: (!is_same).then_some(write) };
+    Ok(global.writes.into_iter().map(reply).collect())
 }
 
 /// The coordinator's second step: the checkpoint is published, and every rank told of it.

@@ -57,6 +57,48 @@ impl Node {
         leaves
     }
 
+    /// Whether both have the same names and items, plain values aside.
+    pub(crate) fn has_nesting_of(&self, other: &Node) -> bool {
+        match (self, other) {
+            (Node::Map(mine), Node::Map(theirs)) => {
+                let mut pairs = mine.iter().zip(theirs);
+                mine.len() == theirs.len() && pairs.all(|((a, x), (b, y))| a == b && x.has_nesting_of(y))
+            }
+            (Node::List(mine), Node::List(theirs)) => {
+                mine.len() == theirs.len() && mine.iter().zip(theirs).all(|(x, y)| x.has_nesting_of(y))
+            }
+            (Node::Map(_) | Node::List(_), _) | (_, Node::Map(_) | Node::List(_)) => false,
+            (mine, theirs) => (*mine == Node::Tensor) == (*theirs == Node::Tensor),
+        }
+    }
+
+    /// The values of the leaves that are no tensors, in order.
+    pub(crate) fn plain_leaves(&self) -> Vec<Node> {
+        let leaves = self.leaves().into_iter().filter(|(_, node)| **node != Node::Tensor);
+        leaves.map(|(_, node)| node.clone()).collect()
+    }
+
+    /// The same nesting with other plain values, in order; `None` if they are not as many.
+    pub(crate) fn with_plain_leaves(&self, values: Vec<Node>) -> Option<Node> {
+        let mut values = values.into_iter();
+        let filled = self.filled(&mut values)?;
+        values.next().is_none().then_some(filled)
+    }
+
+    fn filled(&self, values: &mut impl Iterator<Item = Node>) -> Option<Node> {
+        Some(match self {
+            Node::Tensor => Node::Tensor,
+            Node::Map(entries) => {
+                let entry = |(key, node): &(String, Node)| Some((key.clone(), node.filled(values)?));
+                Node::Map(entries.iter().map(entry).collect::<Option<_>>()?)
+            }
+            Node::List(items) => {
+                Node::List(items.iter().map(|node| node.filled(values)).collect::<Option<_>>()?)
+            }
+            _ => values.next()?,
+        })
+    }
+
     /// The names of the leaves of a node whose own name is `at`.
     pub(crate) fn leaves_below(&self, at: &str) -> impl Iterator<Item = String> {
         let mut leaves = Vec::new();

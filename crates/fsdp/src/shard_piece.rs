@@ -67,4 +67,8 @@ impl LocalTensor for ShardPiece {
     fn snapshot(&self) -> sconce_dtensor::Result<Box<dyn LocalTensor>> {
         Ok(Box::new(Self { shard: self.shard.snapshot(), ..self.clone() }))
     }
+
+    fn has_free_snapshots(&self) -> bool {
+        true
+    }
 }

@@ -78,6 +78,8 @@ struct World {
     backend: Option<Box<dyn WorldBackend>>,
     /// Every group made so far. A group lives as long as the world, so that all ranks agree on whether it exists.
     groups: Mutex<HashMap<Arc<[Rank]>, Arc<Group>>>,
+    /// Groups of ranks that have one already.
+    duplicates: Mutex<Vec<Arc<Group>>>,
     /// Directions used so far, by sender and receiver.
     lanes: Mutex<HashMap<(Rank, Rank), Arc<Lane>>>,
 }
@@ -200,7 +202,8 @@ impl ProcessGroup {
         let group = Arc::new(group);
         let groups = Mutex::new(HashMap::from([(Arc::clone(&group.ranks), Arc::clone(&group))]));
         let lanes = Mutex::default();
-        ProcessGroup { group, world: Arc::new(World { size, options, backend, groups, lanes }) }
+        let duplicates = Mutex::default();
+        ProcessGroup { group, world: Arc::new(World { size, options, backend, groups, duplicates, lanes }) }
     }
 
     /// This rank in the world.
@@ -290,9 +293,37 @@ impl ProcessGroup {
         };
         let texts = self.agree_on_partition(partition, &invitation.text)?;
         let new = ranks.filter(|_| known.is_none());
+        let new = new.map(|ranks| (group_name(&ranks), ranks));
         let opened = self.world.open(self.rank(), new, invitation, &texts)?.map(Arc::new);
         opened.iter().for_each(|group| self.world.keep(Arc::clone(group)));
         Ok(known.or(opened).map(|group| self.sibling(group)))
+    }
+
+    /// A further group of the same ranks in the same order, with collectives of its own: for work beside training, such as
+    /// a checkpoint that is saved in the background.
+    ///
+    /// It lives as long as the world.
+    /// Ranks:  collective over this group.
+    ///
+    /// # Errors
+    /// As a collective, `Mismatch`, `PeerLost` and `Timeout`.
+    ///
+    /// # Source
+    /// `MPI_Comm_dup`; `torch.distributed.new_group`, which never gives a group twice.
+    pub fn duplicate(&self) -> Result<ProcessGroup> {
+        let ranks = Arc::clone(&self.group.ranks);
+        let invitation = match &self.world.backend {
+            Some(backend) => backend.invite(Some(&ranks))?,
+            None => Invitation { text: String::new(), offer: None },
+        };
+        let texts = self.agree_on_partition(&[ranks.to_vec()], &invitation.text)?;
+        let new = Some((self.world.duplicate_name(&ranks), ranks));
+        let Some(group) = self.world.open(self.rank(), new, invitation, &texts)? else {
+            unreachable!("a group that is asked for is opened");
+        };
+        let group = Arc::new(group);
+        self.world.duplicates.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&group));
+        Ok(self.sibling(group))
     }
 
     /// The direction from one rank of this group to another; `None` if the group lacks one or they are the same.
@@ -425,17 +456,24 @@ impl World {
         groups.insert(Arc::clone(&group.ranks), group);
     }
 
+    /// The name of the next duplicate of a group; its ranks make them together, and so agree on it.
+    fn duplicate_name(&self, ranks: &[Rank]) -> String {
+        let duplicates = self.duplicates.lock().unwrap_or_else(PoisonError::into_inner);
+        let nth = duplicates.iter().filter(|group| *group.ranks == *ranks).count() + 1;
+        format!("{}#{nth}", group_name(ranks))
+    }
+
     /// Joins the other ranks of the new group, if there is one; all ranks of the parent call it.
     fn open(
         &self,
         rank: Rank,
-        ranks: Option<Arc<[Rank]>>,
+        new: Option<(String, Arc<[Rank]>)>,
         invitation: Invitation,
         texts: &[(Rank, String)],
     ) -> Result<Option<Group>> {
         let place = |ranks: &[Rank]| ranks.iter().position(|other| *other == rank).unwrap_or(0);
-        let joining = ranks.as_ref().filter(|ranks| ranks.len() > 1).map(|ranks| Membership {
-            group: group_name(ranks),
+        let joining = new.as_ref().filter(|(_, ranks)| ranks.len() > 1).map(|(name, ranks)| Membership {
+            group: name.clone(),
             ranks: Arc::clone(ranks),
             group_rank: place(ranks),
             timeout: self.options.timeout,
@@ -444,8 +482,8 @@ impl World {
             Some(backend) => backend.open(joining, invitation, texts)?,
             None => None,
         };
-        let Some(ranks) = ranks else { return Ok(None) };
-        let (name, group_rank) = (group_name(&ranks), GroupRank(place(&ranks)));
+        let Some((name, ranks)) = new else { return Ok(None) };
+        let group_rank = GroupRank(place(&ranks));
         let backend = opened.unwrap_or_else(|| Box::new(Solo::new(name.clone(), rank)));
         Ok(Some(Group::new(name, ranks, group_rank, backend)))
     }

@@ -128,3 +128,24 @@ fn the_last_handle_frees_every_group_of_its_world() {
         }
     });
 }
+
+#[test]
+fn a_duplicate_is_a_group_of_its_own_whose_order_of_calls_is_its_own() {
+    run(3, |world| {
+        let (beside, again) = (world.duplicate().unwrap(), world.duplicate().unwrap());
+        assert_eq!(beside.ranks(), world.ranks());
+        assert!(!beside.same_group(world) && !beside.same_group(&again));
+        // Some ranks are first in the one group, some in the other: within one group that would be a mismatch.
+        let sum = |group: &ProcessGroup, add: f32| {
+            let mut value = [world.rank().0 as f32 + add];
+            group.all_reduce(&mut value, ReduceOp::Sum).unwrap();
+            value[0]
+        };
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| sum(&beside, 10.0));
+            assert_eq!(sum(world, 0.0), 3.0);
+            assert_eq!(other.join().unwrap(), 33.0);
+        });
+        assert_eq!(ProcessGroup::single().duplicate().unwrap().size(), 1);
+    });
+}
