@@ -19,6 +19,8 @@ const FEATURE_SETS: &[&str] = &[
     "-p sconce-checkpoint --all-targets --no-default-features --features mmap",
     "-p sconce-checkpoint --all-targets --no-default-features --features preemption",
     "-p sconce-checkpoint --no-default-features --features candle",
+    "-p sconce-checkpoint --all-targets --no-default-features --features torch",
+    "-p sconce-checkpoint --all-targets --no-default-features --features cli",
     "-p sconce-fsdp --all-targets",
 ];
 
@@ -42,8 +44,8 @@ pub(crate) fn run() -> Result<(), String> {
     let readme = std::fs::read_to_string(root().join("README.md")).map_err(|e| format!("README.md: {e}"))?;
     let [main_job, tests] = readme_commands(&readme)?;
     shell(&tests)?;
-    // What the workspace's features hide: crates without candle, signals, and the launcher.
-    cargo("test -p sconce-checkpoint --no-default-features --features preemption", &[])?;
+    // What the workspace's features hide: crates without candle, signals, sconce-ckpt, and the launcher.
+    cargo("test -p sconce-checkpoint --no-default-features --features preemption,cli", &[])?;
     cargo("test -p sconce-mesh --no-default-features --features launcher", &[])?;
     shell(&format!("{main_job} -- --steps 6"))?;
     cargo("run -q -p sconce-dtensor --example tensor_parallel", &[])?;

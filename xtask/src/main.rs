@@ -8,13 +8,15 @@ mod check;
 mod demo;
 mod faults;
 mod fixtures;
+mod interop;
 mod mpi_test;
 mod surface;
 mod tidy;
 
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: cargo xtask check | tidy | surface | mpi-test | fixtures | bench | demo | faults";
+const USAGE: &str =
+    "usage: cargo xtask check | tidy | surface | mpi-test | fixtures | interop | bench | demo | faults";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -24,6 +26,7 @@ fn main() -> ExitCode {
         "check" => check::run(),
         "demo" => demo::run(&arguments[1..]),
         "faults" => faults::run(&arguments[1..]),
+        "interop" => interop::run(&arguments[1..]),
         "fixtures" => fixtures::run(&arguments[1..]),
         "mpi-test" => mpi_test::run(),
         "tidy" => tidy::run(),

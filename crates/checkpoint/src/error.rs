@@ -86,6 +86,18 @@ pub enum Error {
         got: String,
     },
 
+    /// A file that is well formed and says what is not read here: a class that is no data, a format of other versions,
+    /// names that leave its directory, claims that cannot be true.
+    #[error("{path}: refused at byte {offset_bytes}: {what}", path = path.display())]
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// Where in the file.
+        offset_bytes: u64,
+        /// What was found.
+        what: String,
+    },
+
     /// A file is shorter or longer than it was saved.
     #[error("{path}: expected {expected} bytes, got {got}", path = path.display())]
     Length {
@@ -250,6 +262,10 @@ impl Error {
             Error::Ranks { failures, .. } => failures.iter().all(|failure| failure.error.is_damage()),
             _ => false,
         }
+    }
+
+    pub(crate) fn refused(path: &Path, offset_bytes: u64, what: impl Into<String>) -> Self {
+        Error::Refused { path: path.to_owned(), offset_bytes, what: what.into() }
     }
 
     pub(crate) fn tensor(fqn: &str, cause: &sconce_dtensor::Error) -> Self {

@@ -15,3 +15,10 @@ pub(crate) mod shard;
 pub const MANIFEST_NAME: &str = "manifest.sconce";
 /// Major version: a reader refuses a later one.
 pub const MAJOR_VERSION: u32 = 1;
+
+/// A name that stays inside the checkpoint's directory.
+pub(crate) fn is_confined(name: &str) -> bool {
+    let mut parts = std::path::Path::new(name).components();
+    let only = matches!((parts.next(), parts.next()), (Some(std::path::Component::Normal(_)), None));
+    only && !name.contains(['/', '\\', '\0'])
+}

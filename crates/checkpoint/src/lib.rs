@@ -1,14 +1,21 @@
 //! Distributed checkpoints: all ranks save together, any other layout loads, and what is loaded is what was saved, bit
 //! for bit, or an error says where it is not.
 
+mod any;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 mod coordinate;
+mod damage;
 mod error;
 mod format;
+pub mod hf;
 mod load;
 mod metadata;
 mod plan;
 mod planner;
 mod read;
+mod region;
 mod save;
 mod save_cache;
 mod saver;
@@ -16,10 +23,14 @@ mod series;
 mod staging;
 mod stateful;
 mod storage;
+#[cfg(feature = "torch")]
+pub mod torch;
 mod tree;
 mod verify;
 mod wire;
 
+pub use any::{Format, open};
+pub use damage::{Damage, DamageReport, find_damage};
 pub use error::{Error, RankFailure, Result};
 pub use format::{MAJOR_VERSION, MANIFEST_NAME};
 pub use load::{

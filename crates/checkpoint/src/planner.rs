@@ -13,6 +13,8 @@ mod tests;
 
 use sconce_dtensor::StateDict;
 
+pub(crate) use layout::check_disjoint;
+
 pub use default::{DefaultLoadPlanner, DefaultSavePlanner};
 
 use crate::Result;

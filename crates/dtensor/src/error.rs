@@ -93,6 +93,15 @@ pub enum Error {
         what: String,
     },
 
+    /// The bytes of a tensor that lies elsewhere could not be had.
+    #[error("{what}: {cause}")]
+    Unreadable {
+        /// The tensor.
+        what: String,
+        /// Why.
+        cause: String,
+    },
+
     /// candle refused an operation on a tensor.
     #[cfg(feature = "candle")]
     #[error("{what}")]

@@ -1,6 +1,7 @@
 //! LocalTensor: what one rank holds of a global tensor, as boxes of bytes. No tensor library needed.
 
 use std::any::Any;
+use std::ops::Range;
 
 use crate::{Result, TensorBox};
 use sconce_mesh::DType;
@@ -19,11 +20,20 @@ pub trait LocalTensor: Send + Sync {
     /// The boxes held here: disjoint, inside `global_shape`, possibly none.
     fn local_boxes(&self) -> &[TensorBox];
 
-    /// Lends the bytes of box `index` to `read`.
+    /// Lends the bytes of box `index` to `read`, in one piece.
     ///
     /// # Errors
     /// The device could not be read.
     fn read_box(&self, index: usize, read: &mut dyn FnMut(&[u8])) -> Result<()>;
+
+    /// Lends a range of the bytes of box `index` to `read`, in one piece or in several in order: tensors that do not lie
+    /// in memory, and are larger than it, have this for saves.
+    ///
+    /// # Errors
+    /// The device could not be read.
+    fn read_box_range(&self, index: usize, range: Range<usize>, read: &mut dyn FnMut(&[u8])) -> Result<()> {
+        self.read_box(index, &mut |bytes| read(bytes.get(range.clone()).unwrap_or_default()))
+    }
 
     /// Lends the bytes of box `index` to `write`, in place: aliases of the tensor see the new values.
     ///

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use sconce_dtensor::{DType, TensorBox};
 use serde::Serialize;
 
+use crate::tree::Node;
 use crate::{Error, Result};
 
 /// Data begin at a multiple of this.
@@ -59,6 +60,27 @@ struct Info<'e> {
 
 /// The file up to its data, and where each of the ordered entries begins in the file.
 pub(crate) fn header(entries: &[Entry]) -> Result<(Vec<u8>, Vec<u64>)> {
+    let (bytes, starts, _) = build(entries, torch_metadata(entries)?)?;
+    Ok((bytes, starts))
+}
+
+/// The header of a file of whole tensors, with a tree of values under `tree_key` if there is one, and the length of
+/// the file.
+pub(crate) fn whole_header(
+    entries: &[Entry],
+    tree_key: &'static str,
+    tree: Option<&Node>,
+) -> Result<(Vec<u8>, u64)> {
+    let mut metadata = BTreeMap::from([("format", "pt".to_owned())]);
+    if let Some(tree) = tree {
+        metadata.insert(tree_key, String::from_utf8_lossy(&to_json(tree)?).into_owned());
+    }
+    let (bytes, _, end) = build(entries, metadata)?;
+    Ok((bytes, end))
+}
+
+/// The header, where each entry begins in the file, and where the file ends.
+fn build(entries: &[Entry], metadata: BTreeMap<&'static str, String>) -> Result<(Vec<u8>, Vec<u64>, u64)> {
     let (mut tensors, mut starts, mut end) = (BTreeMap::new(), Vec::with_capacity(entries.len()), 0);
     for entry in entries {
         let start = end;
@@ -68,11 +90,11 @@ pub(crate) fn header(entries: &[Entry]) -> Result<(Vec<u8>, Vec<u64>)> {
         tensors.insert(&*entry.fqn, Info { dtype, shape: &entry.bounds.sizes, data_offsets: [start, end] });
         starts.push(start);
     }
-    let mut json = to_json(&Header { metadata: torch_metadata(entries)?, tensors })?;
+    let mut json = to_json(&Header { metadata, tensors })?;
     json.resize((json.len() + 8).next_multiple_of(ALIGN_BYTES) - 8, b' ');
     let data = (json.len() + 8) as u64;
     let bytes = [&(json.len() as u64).to_le_bytes()[..], &json].concat();
-    Ok((bytes, starts.into_iter().map(|start| data + start as u64).collect()))
+    Ok((bytes, starts.into_iter().map(|start| data + start as u64).collect(), data + end as u64))
 }
 
 /// What torch's reader looks for: the format, and where in its tensor each entry was.

@@ -140,6 +140,17 @@ pub(super) fn check_coverage(tensor: &Shared) -> Result<()> {
     Err(Error::Uncovered { fqn: tensor.fqn.clone(), shape: tensor.shape.clone(), missing })
 }
 
+/// Refuses boxes that share an element.
+pub(crate) fn check_disjoint(fqn: &str, boxes: &[&TensorBox]) -> Result<()> {
+    match first_overlap(boxes) {
+        None => Ok(()),
+        Some((first, second)) => {
+            let (first, second) = (first.to_string(), second.to_string());
+            Err(Error::Overlap { fqn: fqn.to_owned(), first, second })
+        }
+    }
+}
+
 /// Two of the boxes that share an element.
 ///
 /// A sweep along the dim in which most boxes begin at different places, so that each box is compared with few.

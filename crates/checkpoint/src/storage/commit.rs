@@ -105,6 +105,26 @@ pub(crate) fn publish(staging: Staging, target: &Path, sync: bool) -> Result<()>
     Ok(())
 }
 
+/// As [`publish`], for a directory of another format, which has no manifest.
+pub(crate) fn publish_foreign(staging: Staging, target: &Path) -> Result<()> {
+    let manifest = staging.dir.join(MANIFEST_NAME);
+    match fs::remove_file(&manifest) {
+        Ok(()) => publish(staging, target, true),
+        Err(e) => {
+            abandon(staging);
+            Err(Error::io("remove", &manifest, &e))
+        }
+    }
+}
+
+/// Puts one file of `staging` in the place of `target`, at which nothing may be.
+pub(crate) fn publish_file(staging: Staging, name: &str, target: &Path) -> Result<()> {
+    let renamed = renameat_with(CWD, staging.dir.join(name), CWD, target, RenameFlags::NOREPLACE);
+    abandon(staging);
+    renamed.map_err(|errno| Error::io("rename to", target, &io::Error::from(errno)))?;
+    sync_directory(&parent_of(target))
+}
+
 /// Whether a checkpoint was replaced; it has the name of `staging` then.
 fn sync_and_rename(staging: &Path, target: &Path, sync: bool) -> Result<bool> {
     if sync {

@@ -147,17 +147,20 @@ impl Piece<'_> {
         let (start, len) = (self.bytes.start, (self.bytes.end - self.bytes.start) as usize);
         let from = (range.start.max(start) - start) as usize;
         let to = (range.end.min(self.bytes.end) - start) as usize;
-        let mut outcome = Ok(());
-        let lent = self.tensor.read_box(self.index, &mut |bytes| {
-            outcome = match bytes.len() == len {
-                true => write(&bytes[from..to]),
-                false => Err(Error::Tensor {
-                    fqn: self.fqn.to_owned(),
-                    cause: format!("box {} lends {} bytes and has {len}", self.index, bytes.len()),
-                }),
-            };
+        let (mut outcome, mut count) = (Ok(()), 0);
+        let lent = self.tensor.read_box_range(self.index, from..to, &mut |bytes| {
+            count += bytes.len();
+            if outcome.is_ok() {
+                outcome = write(bytes);
+            }
         });
         lent.map_err(|error| Error::tensor(self.fqn, &error))?;
+        if outcome.is_ok() && count != to - from {
+            return Err(Error::Tensor {
+                fqn: self.fqn.to_owned(),
+                cause: format!("bytes {from}..{to} of {len} of box {} are {count}", self.index),
+            });
+        }
         outcome
     }
 }

@@ -108,13 +108,25 @@ fn check_ours(dir: &Path) -> Result<()> {
         Err(e) if e.kind() == ErrorKind::NotADirectory => return Err(not_ours()),
         Err(e) => return Err(Error::io("list", dir, &e)),
     };
+    // What is written in another format has our manifest beside it until it is published.
+    let is_written_here = dir.join(MANIFEST_NAME).exists();
     for entry in entries {
         let name = entry.map_err(|e| Error::io("list", dir, &e))?.file_name();
-        if !name.to_str().is_some_and(|name| name == MANIFEST_NAME || shard::is_file_name(name)) {
+        let is_ours = |name: &str| {
+            name == MANIFEST_NAME || shard::is_file_name(name) || (is_written_here && is_foreign(name))
+        };
+        if !name.to_str().is_some_and(is_ours) {
             return Err(not_ours());
         }
     }
     Ok(())
+}
+
+/// The files of the writers of torch's and Hugging Face's formats.
+fn is_foreign(name: &str) -> bool {
+    let is_torch = name == ".metadata" || (name.starts_with("__") && name.ends_with(".distcp"));
+    let is_hf = name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json");
+    is_torch || (name.starts_with("model") && is_hf)
 }
 
 fn remove_files(dir: &Path) -> Result<()> {

@@ -8,7 +8,7 @@ use zerocopy::little_endian::{U32, U64};
 
 use super::rows::{ChunkRow, FileRow, Prelude, TensorRow};
 use super::{Head, MAGIC, Section};
-use crate::format::MAJOR_VERSION;
+use crate::format::{MAJOR_VERSION, is_confined};
 use crate::metadata::{BLOCK_BYTES, ChunkStorageMetadata, FileMetadata, Metadata, TensorStorageMetadata};
 use crate::{Error, Result};
 
@@ -191,11 +191,4 @@ impl Damage<'_> {
 fn range<T>(rows: &[T], start: U64, count: u64) -> Option<&[T]> {
     let start = usize::try_from(start.get()).ok()?;
     rows.get(start..start.checked_add(usize::try_from(count).ok()?)?)
-}
-
-/// A name that stays inside the checkpoint's directory.
-fn is_confined(name: &str) -> bool {
-    let mut parts = Path::new(name).components();
-    let only = matches!((parts.next(), parts.next()), (Some(std::path::Component::Normal(_)), None));
-    only && !name.contains(['/', '\\', '\0'])
 }

@@ -1,0 +1,73 @@
+//! The program `sconce-ckpt`: what a checkpoint holds, whether it is whole, and how it becomes another.
+//!
+//! Exit codes: 0 as asked, 1 damage or a difference was found, 2 wrong arguments, 3 nothing that can be read or written.
+
+mod args;
+mod cat;
+mod convert;
+mod diff;
+mod elements;
+mod inspect;
+mod output;
+mod pieces;
+mod plot;
+mod prune;
+mod verify;
+mod watch;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser as _};
+
+use self::args::{Args, Command};
+use self::output::Output;
+use crate::Result;
+
+/// What a command found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    /// Damage, or a difference.
+    Something,
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    let mut out = Output::new(args.json);
+    match run(&args.command, &mut out) {
+        Ok(Found::Nothing) => ExitCode::SUCCESS,
+        Ok(Found::Something) => ExitCode::from(1),
+        Err(error) => {
+            out.error(&error);
+            ExitCode::from(3)
+        }
+    }
+}
+
+fn run(command: &Command, out: &mut Output) -> Result<Found> {
+    match command {
+        Command::Inspect(args) => inspect::run(args, out),
+        Command::Verify(args) => verify::run(args, out),
+        Command::Diff(args) => diff::run(args, out),
+        Command::Convert(args) => convert::convert(args, out),
+        Command::Reshard(args) => convert::reshard(args, out),
+        Command::Cat(args) => cat::run(args, out),
+        Command::Plot(args) => plot::run(args, out),
+        Command::Prune(args) => prune::run(args, out),
+        Command::Watch(args) => watch::run(args, out),
+        Command::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(*shell, &mut Args::command(), "sconce-ckpt", &mut text);
+            out.text(&String::from_utf8_lossy(&text));
+            Ok(Found::Nothing)
+        }
+        Command::Man => {
+            let mut text = Vec::new();
+            let rendered = clap_mangen::Man::new(Args::command()).render(&mut text);
+            rendered.map_err(|e| crate::Error::io("render", std::path::Path::new("man page"), &e))?;
+            out.text(&String::from_utf8_lossy(&text));
+            Ok(Found::Nothing)
+        }
+    }
+}

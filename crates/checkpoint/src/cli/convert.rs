@@ -1,0 +1,154 @@
+//! `convert` and `reshard`: a checkpoint becomes another, in constant memory, and is published at the end.
+
+use std::path::Path;
+use std::time::Instant;
+
+use sconce_dtensor::{StateDict, TensorBox, Value, chunk_range};
+use serde_json::json;
+
+use super::Found;
+use super::args::{Convert, Reshard, To};
+use super::output::{Output, rate};
+use super::pieces::{Lazy, Source};
+use crate::metadata::TensorStorageMetadata;
+use crate::plan::{GlobalPlan, SavePlan};
+use crate::storage::StorageWriter;
+use crate::tree::{Node, child};
+use crate::{
+    DefaultSavePlanner, Error, FileSystemWriter, Format, Result, SavePlanner as _, SaveReport, hf, torch,
+};
+
+pub(super) fn convert(args: &Convert, out: &mut Output) -> Result<Found> {
+    let source = if args.tensors_only && Format::of(&args.from)? == Format::TorchDcp {
+        Source::of(Box::new(torch::Reader::tensors_only(&args.from)))?
+    } else {
+        Source::open(&args.from)?
+    };
+    let mut writer = writer(args.to, &args.to_path, args.max_shard_bytes);
+    let tree =
+        if args.tensors_only { tensors_of(&source.metadata.tree) } else { source.metadata.tree.clone() };
+    write(&source, &tree, 1, writer.as_mut(), &args.to_path, out)
+}
+
+pub(super) fn reshard(args: &Reshard, out: &mut Output) -> Result<Found> {
+    let source = Source::open(&args.from)?;
+    let to = match (args.to, Format::of(&args.from)?) {
+        (Some(to), _) => to,
+        (None, Format::TorchDcp | Format::TorchSave) => To::Torch,
+        // Safetensors of several ranks are what our own format is made of.
+        (None, Format::Sconce | Format::Safetensors) => To::Sconce,
+    };
+    let mut writer = writer(to, &args.to_path, u64::MAX);
+    write(&source, &source.metadata.tree, args.world as usize, writer.as_mut(), &args.to_path, out)
+}
+
+fn writer(to: To, path: &Path, max_shard_bytes: u64) -> Box<dyn StorageWriter> {
+    match to {
+        To::Sconce => Box::new(FileSystemWriter::new(path, false, true)),
+        To::Torch => Box::new(torch::Writer::new(path)),
+        To::Safetensors => Box::new(hf::Writer::with_max_shard_bytes(path, max_shard_bytes)),
+    }
+}
+
+/// The protocol of a save with all ranks in this process, one after the other.
+fn write(
+    source: &Source,
+    tree: &Node,
+    world: usize,
+    writer: &mut dyn StorageWriter,
+    to: &Path,
+    out: &mut Output,
+) -> Result<Found> {
+    let bar = out.progress(source.metadata.tensor_bytes(), "writing");
+    let started = Instant::now();
+    let rank = |rank| Rank { source, rank, world, progress: &bar }.state(tree);
+    let states = (0..world).map(rank).collect::<Result<Vec<_>>>()?;
+    let plans = states.iter().map(SavePlan::of).collect::<Result<_>>()?;
+    let GlobalPlan { layout, writes } = DefaultSavePlanner.global_plan(plans)?;
+    let place = writer.prepare(&layout)?;
+    let written: Result<Vec<_>> =
+        writes.iter().zip(&states).map(|(plan, state)| writer.write(&place, plan, state)).collect();
+    let outcome = written.and_then(|written| writer.finish(layout, written));
+    bar.finish_and_clear();
+    let SaveReport { data_bytes, n_files } = outcome.inspect_err(|_| writer.discard())?;
+    let took = started.elapsed();
+    out.object(&json!({ "path": to, "bytes": data_bytes, "files": n_files, "seconds": took.as_secs_f64() }));
+    out.line(format!("{}: {n_files} files, {}", to.display(), rate(data_bytes, took)));
+    Ok(Found::Nothing)
+}
+
+/// One of the ranks that are to have saved.
+struct Rank<'s> {
+    source: &'s Source,
+    rank: usize,
+    world: usize,
+    progress: &'s indicatif::ProgressBar,
+}
+
+impl<'s> Rank<'s> {
+    fn state(&self, tree: &Node) -> Result<StateDict<'s>> {
+        let Node::Map(entries) = tree else { return Ok(StateDict::new()) };
+        self.map(entries, "")
+    }
+
+    fn map(&self, entries: &[(String, Node)], at: &str) -> Result<StateDict<'s>> {
+        let mut state = StateDict::new();
+        for (key, node) in entries {
+            state.insert(key.clone(), self.value(node, &child(at, key))?);
+        }
+        Ok(state)
+    }
+
+    fn value(&self, node: &Node, at: &str) -> Result<Value<'s>> {
+        Ok(match node {
+            Node::Map(entries) => Value::Map(self.map(entries, at)?),
+            Node::List(items) => {
+                let item = |(nth, node): (usize, &Node)| self.value(node, &child(at, &nth.to_string()));
+                Value::List(items.iter().enumerate().map(item).collect::<Result<_>>()?)
+            }
+            Node::Tensor => {
+                let saved = self.source.metadata.tensor(at).ok_or_else(|| Error::ValueMismatch {
+                    fqn: at.to_owned(),
+                    expected: "a tensor".to_owned(),
+                    got: "no such tensor in the index".to_owned(),
+                })?;
+                let (source, progress) = (self.source, self.progress);
+                Value::Tensor(Box::new(Lazy { source, saved, boxes: self.boxes(saved), progress }))
+            }
+            plain => plain.plain_value().unwrap_or(Value::None),
+        })
+    }
+
+    /// `Shard(0)` as torch cuts it; what cannot be cut is the first rank's.
+    fn boxes(&self, saved: &TensorStorageMetadata) -> Vec<TensorBox> {
+        let mut bounds = TensorBox::whole(&saved.shape);
+        if let Some(first) = saved.shape.first() {
+            let range = chunk_range(*first, self.world, self.rank);
+            (bounds.offsets[0], bounds.sizes[0]) = (range.start, range.len());
+        }
+        let is_mine = if saved.shape.is_empty() { self.rank == 0 } else { !bounds.is_empty() };
+        if is_mine { vec![bounds] } else { Vec::new() }
+    }
+}
+
+/// The tree without its other values. Lists become maps: their items keep their names.
+fn tensors_of(node: &Node) -> Node {
+    let keep = |node: &Node| match node {
+        Node::Tensor => Some(Node::Tensor),
+        Node::Map(_) | Node::List(_) => {
+            let below = tensors_of(node);
+            matches!(&below, Node::Map(entries) if !entries.is_empty()).then_some(below)
+        }
+        _ => None,
+    };
+    match node {
+        Node::Map(entries) => {
+            Node::Map(entries.iter().filter_map(|(key, node)| Some((key.clone(), keep(node)?))).collect())
+        }
+        Node::List(items) => {
+            let numbered = items.iter().enumerate();
+            Node::Map(numbered.filter_map(|(nth, node)| Some((nth.to_string(), keep(node)?))).collect())
+        }
+        other => other.clone(),
+    }
+}

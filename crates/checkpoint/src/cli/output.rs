@@ -1,0 +1,95 @@
+//! What the program prints: text and tables for people, JSON lines for programs.
+
+use std::io::{IsTerminal as _, Write as _};
+
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::Error;
+
+/// Where a command's words go. A reader that went away ends nothing: there is nobody to tell.
+pub(super) struct Output {
+    json: bool,
+}
+
+impl Output {
+    pub(super) fn new(json: bool) -> Self {
+        Self { json }
+    }
+
+    /// For people.
+    pub(super) fn line(&mut self, text: impl AsRef<str>) {
+        if !self.json {
+            self.text(&format!("{}\n", text.as_ref()));
+        }
+    }
+
+    /// For programs: one object a line.
+    pub(super) fn object(&mut self, value: &serde_json::Value) {
+        if self.json {
+            self.text(&format!("{value}\n"));
+        }
+    }
+
+    /// As it is.
+    pub(super) fn text(&mut self, text: &str) {
+        let _ = std::io::stdout().lock().write_all(text.as_bytes());
+    }
+
+    pub(super) fn error(&mut self, error: &Error) {
+        self.object(&serde_json::json!({ "error": error.to_string() }));
+        let _ = writeln!(std::io::stderr().lock(), "sconce-ckpt: {error}");
+    }
+
+    /// A table whose columns from `numbers` on are numbers.
+    pub(super) fn table(&mut self, header: &[&str], numbers: usize, rows: Vec<Vec<String>>) {
+        if self.json || rows.is_empty() {
+            return;
+        }
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
+        table.set_header(header);
+        table.add_rows(rows);
+        for nth in numbers..header.len() {
+            if let Some(column) = table.column_mut(nth) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        self.line(table.to_string());
+    }
+
+    /// A bar over bytes with rate and time left, on a terminal.
+    pub(super) fn progress(&self, bytes: u64, what: &'static str) -> ProgressBar {
+        if self.json || !std::io::stderr().is_terminal() {
+            return ProgressBar::hidden();
+        }
+        let bar = ProgressBar::new(bytes).with_message(what);
+        let style = "{msg} {wide_bar} {bytes}/{total_bytes}  {binary_bytes_per_sec}  {eta} left";
+        match ProgressStyle::with_template(style) {
+            Ok(style) => bar.with_style(style),
+            Err(_) => bar,
+        }
+    }
+}
+
+/// `1.50 MiB`.
+pub(super) fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let (mut value, mut unit) = (bytes as f64, 0);
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.2} {}", UNITS[unit]) }
+}
+
+/// `1.50 GiB in 0.30 s, 5.00 GiB/s`.
+pub(super) fn rate(bytes: u64, took: std::time::Duration) -> String {
+    let seconds = took.as_secs_f64().max(1e-9);
+    format!("{} in {seconds:.2} s, {:.2} GiB/s", size(bytes), bytes as f64 / seconds / f64::from(1 << 30))
+}
+
+/// `[3, 5]`, or `scalar`.
+pub(super) fn shape(shape: &[usize]) -> String {
+    if shape.is_empty() { "scalar".to_owned() } else { format!("{shape:?}") }
+}

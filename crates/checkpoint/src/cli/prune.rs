@@ -1,0 +1,63 @@
+//! `prune`: old checkpoints of a directory go, each at once and whole.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use super::Found;
+use super::args::Prune;
+use super::output::Output;
+use crate::storage::remove::{Removal, remove as remove_unused};
+use crate::{Error, Format, Result};
+
+pub(super) fn run(args: &Prune, out: &mut Output) -> Result<Found> {
+    let found = checkpoints(&args.path)?;
+    let first_kept = found.len().saturating_sub(args.keep_last);
+    for (nth, (step, path)) in found.iter().enumerate() {
+        let is_multiple = args.keep_every.is_some_and(|every| every > 0 && step % every == 0);
+        let is_kept = nth >= first_kept || is_multiple;
+        let is_gone = !is_kept && !args.dry_run && remove(path)?;
+        out.object(&json!({ "path": path, "kept": is_kept, "removed": is_gone }));
+        let done = match (is_kept, args.dry_run, is_gone) {
+            (true, ..) => "kept",
+            (false, true, _) => "would be removed",
+            (false, false, true) => "removed",
+            (false, false, false) => "in use, kept",
+        };
+        out.line(format!("{}  {done}", path.display()));
+    }
+    Ok(Found::Nothing)
+}
+
+/// Committed checkpoints whose names end in a number, by that number. Anything else is left alone.
+pub(super) fn checkpoints(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(|e| Error::io("list", dir, &e))? {
+        let path = entry.map_err(|e| Error::io("list", dir, &e))?.path();
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let digits = name.len() - name.trim_end_matches(|c: char| c.is_ascii_digit()).len();
+        let step = name[name.len() - digits..].parse().ok();
+        let is_checkpoint = path.is_dir()
+            && !name.contains(".tmp")
+            && matches!(Format::of(&path), Ok(Format::Sconce | Format::TorchDcp));
+        if let Some(step) = step.filter(|_| is_checkpoint) {
+            found.push((step, path));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Removes a checkpoint, unless somebody reads it or writes to it: whether it is gone.
+fn remove(path: &Path) -> Result<bool> {
+    if Format::of(path)? == Format::Sconce {
+        return Ok(remove_unused(path)? == Removal::Gone);
+    }
+    // Out of the way by one rename, so that nobody sees half of it.
+    let mut name = path.file_name().map(ToOwned::to_owned).unwrap_or_default();
+    name.push(".pruned.tmp");
+    let aside = path.with_file_name(name);
+    std::fs::rename(path, &aside).map_err(|e| Error::io("rename", path, &e))?;
+    std::fs::remove_dir_all(&aside).map_err(|e| Error::io("remove", &aside, &e))?;
+    Ok(true)
+}

@@ -1,0 +1,239 @@
+//! Whether a checkpoint is whole: every byte read, every checksum compared, and what is damaged named.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::metadata::{BLOCK_BYTES, FileMetadata, Metadata};
+#[cfg(feature = "torch")]
+use crate::region::Region;
+use crate::storage::StorageReader as _;
+use crate::{Access, Error, FileSystemReader, Format, Result};
+
+/// What one thread reads at a time.
+const JOB_BLOCKS: usize = 4;
+
+/// What [`find_damage`] found.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DamageReport {
+    /// Number of data files.
+    pub n_files: usize,
+    /// Bytes that were compared with a checksum. Safetensors without a manifest have none: there it is 0, and only
+    /// headers were checked.
+    pub checked_bytes: u64,
+    /// What is damaged, by file and place.
+    pub damages: Vec<Damage>,
+}
+
+/// A damaged part of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Damage {
+    /// The file.
+    pub file: String,
+    /// Where the damaged part begins.
+    pub offset_bytes: u64,
+    /// What is wrong: a block whose checksum differs, a length, a record.
+    pub what: String,
+    /// Tensors and values that lie in the part.
+    pub fqns: Vec<String>,
+}
+
+/// Reads all of the checkpoint at `path` on `n_threads` threads; `progress` is told of bytes as they are checked.
+///
+/// Our own checkpoints have a CRC32 of each block, PyTorch's of each record (which PyTorch itself does not compare).
+///
+/// Units: memory is bounded by 4 MiB a thread, but for records that are compressed.
+///
+/// # Errors
+/// `Missing`, `NotACheckpoint`, and what keeps the index itself from being read; damage of data is in the report.
+pub fn find_damage(
+    path: impl AsRef<Path>,
+    n_threads: usize,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<DamageReport> {
+    let path = path.as_ref();
+    // Held open while its files are read, so that nobody removes them.
+    let reader = FileSystemReader::new(path, Access::positional());
+    let (n_files, jobs) = match Format::of(path)? {
+        Format::Sconce => sconce(path, &reader)?,
+        Format::Safetensors => {
+            let metadata = crate::hf::Reader::new(path).read_metadata()?;
+            (metadata.files.len(), Vec::new())
+        }
+        torch => torch_jobs(path, torch)?,
+    };
+    let (mut report, mut early) = (DamageReport { n_files, ..Default::default() }, Vec::new());
+    let jobs: Vec<Job> =
+        jobs.into_iter().filter_map(|job| job.map_err(|damage| early.push(damage)).ok()).collect();
+    let next = AtomicUsize::new(0);
+    let found = Mutex::new((0, early));
+    std::thread::scope(|scope| {
+        for _ in 0..n_threads.clamp(1, jobs.len().max(1)) {
+            scope.spawn(|| {
+                let mut buffer = Vec::new();
+                while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let (checked, damages) = job.run(&mut buffer);
+                    progress(checked);
+                    let mut found = found.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    found.0 += checked;
+                    found.1.extend(damages);
+                }
+            });
+        }
+    });
+    (report.checked_bytes, report.damages) =
+        found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    report.damages.sort();
+    Ok(report)
+}
+
+/// What a thread checks at a time.
+enum Job {
+    Blocks(Blocks),
+    #[cfg(feature = "torch")]
+    Torch(crate::torch::check::Item),
+}
+
+struct Blocks {
+    path: PathBuf,
+    file: std::sync::Arc<File>,
+    name: String,
+    first: usize,
+    /// Checksum and length of each block.
+    blocks: Vec<(u32, usize)>,
+    /// What lies in the file: name, start, end.
+    held: std::sync::Arc<Vec<(String, u64, u64)>>,
+}
+
+impl Job {
+    fn run(&self, buffer: &mut Vec<u8>) -> (u64, Vec<Damage>) {
+        match self {
+            Job::Blocks(blocks) => blocks.run(buffer),
+            #[cfg(feature = "torch")]
+            Job::Torch(item) => item.check(buffer),
+        }
+    }
+}
+
+impl Blocks {
+    fn run(&self, buffer: &mut Vec<u8>) -> (u64, Vec<Damage>) {
+        let start = self.first as u64 * BLOCK_BYTES;
+        let len: usize = self.blocks.iter().map(|(_, len)| len).sum();
+        buffer.resize(len, 0);
+        if let Err(e) = self.file.read_exact_at(buffer, start) {
+            let what = Error::io("read", &self.path, &e).to_string();
+            return (0, vec![self.damage(start, start + len as u64, what)]);
+        }
+        let (mut at, mut damages) = (0, Vec::new());
+        for (nth, (expected, len)) in self.blocks.iter().enumerate() {
+            let got = crc32fast::hash(&buffer[at..at + len]);
+            if got != *expected {
+                let from = start + at as u64;
+                let block = self.first + nth;
+                let what = format!("block {block}: CRC32 {got:08x}, expected {expected:08x}");
+                damages.push(self.damage(from, from + *len as u64, what));
+            }
+            at += len;
+        }
+        (len as u64, damages)
+    }
+
+    fn damage(&self, start: u64, end: u64, what: String) -> Damage {
+        let fqns = within(&self.held, start, end);
+        Damage { file: self.name.clone(), offset_bytes: start, what, fqns }
+    }
+}
+
+fn within(held: &[(String, u64, u64)], start: u64, end: u64) -> Vec<String> {
+    let mut names: Vec<String> = held
+        .iter()
+        .filter(|(_, from, to)| *from < end && *to > start)
+        .map(|(name, ..)| name.clone())
+        .collect();
+    names.dedup();
+    names
+}
+
+type Jobs = Vec<std::result::Result<Job, Damage>>;
+
+fn sconce(path: &Path, reader: &FileSystemReader) -> Result<(usize, Jobs)> {
+    let metadata = reader.read_metadata()?;
+    let mut held: Vec<Vec<(String, u64, u64)>> = vec![Vec::new(); metadata.files.len()];
+    for tensor in &metadata.tensors {
+        for chunk in &tensor.chunks {
+            let len = (chunk.bounds.numel() * tensor.dtype.size_bytes()) as u64;
+            held[chunk.file].push((tensor.fqn.clone(), chunk.offset_bytes, chunk.offset_bytes + len));
+        }
+    }
+    let mut jobs = Vec::new();
+    for (file, held) in metadata.files.iter().zip(held) {
+        file_jobs(&path.join(&file.name), file, held, &mut jobs);
+    }
+    Ok((metadata.files.len(), jobs))
+}
+
+fn file_jobs(path: &Path, meta: &FileMetadata, held: Vec<(String, u64, u64)>, jobs: &mut Jobs) {
+    let damage = |from: u64, what: String| Damage {
+        file: meta.name.clone(),
+        offset_bytes: from,
+        what,
+        fqns: within(&held, from, u64::MAX),
+    };
+    let opened = File::open(path).and_then(|file| file.metadata().map(|found| (file, found.len())));
+    let (file, len) = match opened {
+        Ok(opened) => opened,
+        Err(e) => return jobs.push(Err(damage(0, Error::io("open", path, &e).to_string()))),
+    };
+    if len != meta.len_bytes {
+        jobs.push(Err(damage(len.min(meta.len_bytes), format!("{len} bytes, expected {}", meta.len_bytes))));
+    }
+    let crcs = meta.block_crcs.as_deref().unwrap_or_default();
+    let block_len = |nth: usize| (meta.len_bytes - nth as u64 * BLOCK_BYTES).min(BLOCK_BYTES);
+    // Blocks that are not all there are part of the damage above.
+    let there = (0..crcs.len()).take_while(|nth| *nth as u64 * BLOCK_BYTES + block_len(*nth) <= len).count();
+    let (file, held) = (std::sync::Arc::new(file), std::sync::Arc::new(held));
+    for first in (0..there).step_by(JOB_BLOCKS) {
+        let blocks =
+            (first..there.min(first + JOB_BLOCKS)).map(|nth| (crcs[nth], block_len(nth) as usize)).collect();
+        let (path, file, name) = (path.to_owned(), file.clone(), meta.name.clone());
+        jobs.push(Ok(Job::Blocks(Blocks { path, file, name, first, blocks, held: held.clone() })));
+    }
+}
+
+#[cfg(feature = "torch")]
+fn torch_jobs(path: &Path, format: Format) -> Result<(usize, Jobs)> {
+    let (n_files, items) = crate::torch::check::items(path, format)?;
+    Ok((n_files, items.into_iter().map(|item| item.map(Job::Torch)).collect()))
+}
+
+#[cfg(not(feature = "torch"))]
+fn torch_jobs(path: &Path, _: Format) -> Result<(usize, Jobs)> {
+    crate::open(path).map(|_| (0, Vec::new()))
+}
+
+impl Metadata {
+    /// Bytes of all tensors.
+    pub fn tensor_bytes(&self) -> u64 {
+        let bytes = |tensor: &crate::TensorStorageMetadata| {
+            tensor.shape.iter().map(|size| *size as u64).product::<u64>() * tensor.dtype.size_bytes() as u64
+        };
+        self.tensors.iter().map(bytes).sum()
+    }
+}
+
+/// The checksum of a region, read in pieces.
+#[cfg(feature = "torch")]
+pub(crate) fn crc_of(region: &Region, buffer: &mut Vec<u8>) -> Result<u32> {
+    let mut crc = crc32fast::Hasher::new();
+    let mut at = 0;
+    while at < region.len() {
+        let len = (region.len() - at).min(BLOCK_BYTES);
+        buffer.resize(len as usize, 0);
+        region.read(at, buffer)?;
+        crc.update(buffer);
+        at += len;
+    }
+    Ok(crc.finalize())
+}

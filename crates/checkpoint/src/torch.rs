@@ -1,0 +1,17 @@
+//! PyTorch's files without Python: distributed checkpoints read and written, `torch.save` files read.
+//!
+//! Pickles are read by a machine that builds plain data of the classes that torch writes; nothing runs. Tensors are
+//! read where they lie. See docs/TORCH.md for what is read and written.
+
+mod archive;
+pub(crate) mod check;
+mod dcp;
+mod dtypes;
+mod pickle;
+mod pt;
+mod saved;
+mod tensors;
+mod zip;
+
+pub use dcp::{Reader, Writer};
+pub use pt::PtReader;

@@ -1,0 +1,21 @@
+//! torch's distributed checkpoints: a directory of `.metadata` and `*.distcp` files.
+//!
+//! ```text
+//! .metadata            a pickle: tensors and their chunks, values, nesting, and in which file each of them lies
+//! __0_0.distcp         what rank 0 wrote: one torch.save archive after the other, each a chunk or a value
+//! ```
+//!
+//! Torch may also write all tensors of a file as one safetensors image, and compress each item with zstd.
+
+mod item;
+mod metadata;
+mod reader;
+mod writer;
+
+pub(super) use item::{item_region, whole_item};
+pub(super) use metadata::Place;
+pub use reader::Reader;
+pub use writer::Writer;
+
+/// The index and the mark of the commit.
+const METADATA_NAME: &str = ".metadata";

@@ -1,0 +1,359 @@
+//! What one `torch.save` archive holds: tensors where their storages lie, and plain values.
+
+use sconce_dtensor::DType;
+
+use super::dtypes::TorchDType;
+use super::pickle::{self, Class, Fault, Item, Object, Pickle};
+use super::zip::Archive;
+use crate::region::Region;
+use crate::tree::{Node, child};
+use crate::{Error, Result};
+
+/// Pickles longer than this are refused: torch keeps tensors outside of them.
+const MAX_PICKLE_BYTES: u64 = 1 << 30;
+/// Values deeper than this are refused.
+const MAX_DEPTH: usize = 100;
+/// A view that repeats its storage may be this large all the same.
+const MAX_REPEATED_BYTES: usize = 64 << 20;
+
+/// The contents of an archive.
+#[derive(Debug)]
+pub(crate) struct Saved {
+    pub(crate) tree: Node,
+    /// Tensors by flattened name, in order.
+    pub(crate) tensors: Vec<(String, StoredTensor)>,
+}
+
+/// A tensor and the part of the archive that is its storage.
+#[derive(Debug, Clone)]
+pub(crate) struct StoredTensor {
+    pub(crate) dtype: DType,
+    pub(crate) shape: Vec<usize>,
+    /// In elements.
+    strides: Vec<usize>,
+    /// The storage from the tensor's first element on.
+    storage: Region,
+}
+
+impl StoredTensor {
+    /// Whether its elements follow each other in row-major order.
+    pub(crate) fn is_contiguous(&self) -> bool {
+        let mut expected = 1;
+        let dims = self.shape.iter().zip(&self.strides).rev();
+        self.shape.contains(&0)
+            || dims.into_iter().all(|(size, stride)| {
+                let fits = *size == 1 || *stride == expected;
+                expected *= size;
+                fits
+            })
+    }
+
+    pub(crate) fn len_bytes(&self) -> u64 {
+        (self.shape.iter().product::<usize>() * self.dtype.size_bytes()) as u64
+    }
+
+    pub(crate) fn storage(&self) -> &Region {
+        &self.storage
+    }
+
+    /// Its bytes in row-major order.
+    pub(crate) fn row_major(&self) -> Result<Vec<u8>> {
+        let stored = self.storage.read_all()?;
+        let size = self.dtype.size_bytes();
+        let numel: usize = self.shape.iter().product();
+        let mut bytes = Vec::with_capacity(numel * size);
+        let mut index = vec![0; self.shape.len()];
+        let mut at = 0;
+        for _ in 0..numel {
+            bytes.extend_from_slice(&stored[at * size..(at + 1) * size]);
+            for dim in (0..index.len()).rev() {
+                index[dim] += 1;
+                at += self.strides[dim];
+                if index[dim] < self.shape[dim] {
+                    break;
+                }
+                at -= index[dim] * self.strides[dim];
+                index[dim] = 0;
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+/// Reads the archive that fills `region`; names of tensors begin with `at`.
+///
+/// # Errors
+/// `Refused` for classes that are not on the list, big-endian archives, values and dtypes that we cannot hold;
+/// `Corrupt`, `Io`.
+pub(crate) fn read(region: Region, at: &str) -> Result<Saved> {
+    let archive = Archive::open(region)?;
+    refuse_big_endian(&archive)?;
+    let record = archive.record("data.pkl").filter(|record| record.len() <= MAX_PICKLE_BYTES);
+    let record =
+        record.ok_or_else(|| Error::refused(archive.region().path(), 0, "a pickle of 1 GiB or more"))?;
+    let bytes = record.read_all()?;
+    let (pickle, _) = pickle::load(&bytes).map_err(|fault| of_fault(&record, fault))?;
+    let mut reading = Reading {
+        archive: &archive,
+        record: &record,
+        pickle: &pickle,
+        tensors: Vec::new(),
+        budget: budget(&bytes),
+    };
+    let tree = reading.node(pickle.root(), at, 0)?;
+    Ok(Saved { tree, tensors: reading.tensors })
+}
+
+/// How much the values may take when everything that a pickle shares is written out.
+fn budget(bytes: &[u8]) -> usize {
+    bytes.len().saturating_mul(16).saturating_add(1 << 16)
+}
+
+/// The fault of a pickle as an error of its file.
+pub(crate) fn of_fault(pickle: &Region, fault: Fault) -> Error {
+    let offset_bytes = pickle.start() + fault.at as u64;
+    if fault.refused {
+        return Error::refused(pickle.path(), offset_bytes, fault.what);
+    }
+    Error::Corrupt {
+        path: pickle.owned_path(),
+        what: "a pickle".to_owned(),
+        offset_bytes,
+        expected: "what torch writes".to_owned(),
+        got: fault.what,
+    }
+}
+
+fn refuse_big_endian(archive: &Archive) -> Result<()> {
+    let Some(order) = archive.record("byteorder") else { return Ok(()) };
+    let text = if order.len() <= 16 { order.read_all()? } else { Vec::new() };
+    if text == b"little" {
+        return Ok(());
+    }
+    let what = format!("byte order {:?}; read is little", String::from_utf8_lossy(&text));
+    Err(Error::refused(order.path(), order.start(), what))
+}
+
+struct Reading<'r> {
+    archive: &'r Archive,
+    record: &'r Region,
+    pickle: &'r Pickle<'r>,
+    tensors: Vec<(String, StoredTensor)>,
+    budget: usize,
+}
+
+impl Reading<'_> {
+    fn node(&mut self, item: Item, at: &str, depth: usize) -> Result<Node> {
+        self.spend(at, 1 + at.len())?;
+        if depth > MAX_DEPTH {
+            return Err(self.refuse(at, format!("nested more than {MAX_DEPTH} deep")));
+        }
+        let pickle = self.pickle;
+        Ok(match (item, pickle.object(item)) {
+            (Item::None, _) => Node::None,
+            (Item::Bool(truth), _) => Node::Bool(truth),
+            (Item::Int(int), _) => Node::Int(int),
+            (Item::Float(float), _) => Node::Float(float.to_bits()),
+            (Item::Str(_), _) => {
+                let text = pickle.str(item).unwrap_or_default();
+                self.spend(at, text.len())?;
+                Node::Str(text.to_owned())
+            }
+            (_, Some(Object::Dict(entries))) => self.map(entries, at, depth)?,
+            (_, Some(Object::List(_) | Object::Tuple(_) | Object::Set(_))) => self.list(item, at, depth)?,
+            (_, Some(Object::Made { class: Class::Size, .. })) => self.list(item, at, depth)?,
+            (_, Some(Object::Made { .. })) => match self.named(item) {
+                Some(text) => Node::Str(text),
+                None => {
+                    let tensor = self.tensor(item, at)?;
+                    self.tensors.push((at.to_owned(), tensor));
+                    Node::Tensor
+                }
+            },
+            (Item::Class(Class::DType(dtype)), _) => Node::Str(format!("torch.{}", dtype.name())),
+            _ => match pickle.bytes(item) {
+                Some(bytes) => {
+                    self.spend(at, bytes.len())?;
+                    Node::Bytes(bytes.to_vec())
+                }
+                None => return Err(self.refuse(at, pickle.describe(item))),
+            },
+        })
+    }
+
+    fn list(&mut self, item: Item, at: &str, depth: usize) -> Result<Node> {
+        let pickle = self.pickle;
+        let items = pickle.items(item).ok_or_else(|| self.refuse(at, pickle.describe(item)))?;
+        let nodes = items.iter().enumerate();
+        nodes
+            .map(|(nth, item)| self.node(*item, &child(at, &nth.to_string()), depth + 1))
+            .collect::<Result<_>>()
+            .map(Node::List)
+    }
+
+    fn map(&mut self, entries: &[(Item, Item)], at: &str, depth: usize) -> Result<Node> {
+        let mut map: indexmap::IndexMap<String, Node> = indexmap::IndexMap::with_capacity(entries.len());
+        for (key, value) in entries {
+            let key = self
+                .key(*key)
+                .ok_or_else(|| self.refuse(at, format!("the key {}", self.pickle.describe(*key))))?;
+            let name = child(at, &key);
+            let earlier = self.tensors.len();
+            let node = self.node(*value, &name, depth + 1)?;
+            if map.contains_key(&key) {
+                // The later of equal keys holds, and with it its tensors.
+                let below = format!("{name}.");
+                let later = self.tensors.split_off(earlier);
+                self.tensors.retain(|(fqn, _)| *fqn != name && !fqn.starts_with(&below));
+                self.tensors.extend(later);
+            }
+            map.insert(key, node);
+        }
+        Ok(Node::Map(map.into_iter().collect()))
+    }
+
+    /// torch's own flattening turns every key into text.
+    fn key(&self, key: Item) -> Option<String> {
+        match key {
+            Item::Int(int) => Some(int.to_string()),
+            Item::Bool(truth) => Some(if truth { "True" } else { "False" }.to_owned()),
+            Item::None => Some("None".to_owned()),
+            key => self.pickle.str(key).map(str::to_owned),
+        }
+    }
+
+    /// Paths, devices and layouts, as text.
+    fn named(&self, item: Item) -> Option<String> {
+        let pickle = self.pickle;
+        let parts = |class| {
+            let (arguments, _) = pickle.made(item, class)?;
+            let part = |item: &Item| match item {
+                Item::Int(int) => Some(int.to_string()),
+                item => pickle.str(*item).map(str::to_owned),
+            };
+            arguments.iter().map(part).collect::<Option<Vec<_>>>()
+        };
+        let path = || parts(Class::Path).map(|parts| parts.join("/").replacen("//", "/", 1));
+        path()
+            .or_else(|| parts(Class::Device).map(|parts| parts.join(":")))
+            .or_else(|| parts(Class::Layout).map(|p| p.join("")))
+    }
+
+    fn tensor(&self, item: Item, at: &str) -> Result<StoredTensor> {
+        let pickle = self.pickle;
+        if let Some((arguments, _)) = pickle.made(item, Class::RebuildParameter) {
+            let inner = arguments.first().copied().unwrap_or(Item::None);
+            // One step: a parameter holds a tensor, never another parameter.
+            return self.plain_tensor(inner, at);
+        }
+        if let Some((&[function, class, arguments, ..], _)) = pickle.made(item, Class::RebuildFromType) {
+            let is_plain = matches!(class, Item::Class(Class::Tensor | Class::Parameter));
+            if let (Item::Class(function), true, Some(arguments)) =
+                (function, is_plain, pickle.items(arguments))
+            {
+                return self.rebuilt(function, arguments, at);
+            }
+            return Err(self.refuse(at, format!("a tensor of {}", pickle.describe(class))));
+        }
+        self.plain_tensor(item, at)
+    }
+
+    fn plain_tensor(&self, item: Item, at: &str) -> Result<StoredTensor> {
+        for class in [Class::RebuildTensorV2, Class::RebuildTensorV3, Class::RebuildTensorPlain] {
+            if let Some((arguments, _)) = self.pickle.made(item, class) {
+                return self.rebuilt(class, arguments, at);
+            }
+        }
+        Err(self.refuse(at, self.pickle.describe(item)))
+    }
+
+    /// The arguments of torch's rebuild functions: storage, offset, size, strides, and what is of no use here.
+    fn rebuilt(&self, function: Class, arguments: &[Item], at: &str) -> Result<StoredTensor> {
+        let pickle = self.pickle;
+        let wrong = || self.refuse(at, "a tensor with other arguments than torch's");
+        let [storage, offset, shape, strides, ..] = *arguments else { return Err(wrong()) };
+        let offset = pickle.size(offset).ok_or_else(wrong)?;
+        let (shape, strides) = pickle.sizes(shape).zip(pickle.sizes(strides)).ok_or_else(wrong)?;
+        let (kind, storage) = self.storage(storage, at)?;
+        let (dtype, flags) = match (function, kind) {
+            (Class::RebuildTensorV3, _) => match arguments.get(6) {
+                Some(Item::Class(Class::DType(dtype))) => (*dtype, arguments.get(7)),
+                _ => return Err(wrong()),
+            },
+            (_, Some(dtype)) => (dtype, arguments.get(6)),
+            (_, None) => return Err(wrong()),
+        };
+        if let Some(flag) = flags.and_then(|flags| self.set_flag(*flags)) {
+            return Err(self.refuse(at, format!("a view of a tensor's {flag} values")));
+        }
+        let ours = dtype.ours().ok_or_else(|| self.refuse(at, format!("dtype {}", dtype.name())))?;
+        let storage = cut(&storage, ours, offset, &shape, &strides);
+        let storage = storage.ok_or_else(|| self.refuse(at, "a tensor larger than its storage"))?;
+        Ok(StoredTensor { dtype: ours, shape, strides, storage })
+    }
+
+    /// `("storage", class, record, device, length)`.
+    fn storage(&self, item: Item, at: &str) -> Result<(Option<TorchDType>, Region)> {
+        let pickle = self.pickle;
+        let wrong = || self.refuse(at, "a storage that torch.save does not write");
+        let Some(Object::Persistent(id)) = pickle.object(item) else { return Err(wrong()) };
+        let Some(&[kind, Item::Class(Class::Storage(dtype)), record, _, _]) = pickle.items(*id) else {
+            return Err(wrong());
+        };
+        let name = pickle.str(record).filter(|_| pickle.str(kind) == Some("storage")).ok_or_else(wrong)?;
+        let record = self.archive.record(&format!("data/{name}"));
+        let missing = || self.refuse(at, format!("a storage data/{name:.40} that is not in the archive"));
+        Ok((dtype, record.ok_or_else(missing)?))
+    }
+
+    /// Conjugated and negated views store the values they are views of.
+    fn set_flag(&self, flags: Item) -> Option<&'static str> {
+        let entries = self.pickle.dict(flags)?;
+        let is_set = |name: &str| {
+            entries
+                .iter()
+                .any(|(key, value)| self.pickle.str(*key) == Some(name) && *value == Item::Bool(true))
+        };
+        [("conj", "conjugated"), ("neg", "negated")]
+            .into_iter()
+            .find(|(name, _)| is_set(name))
+            .map(|(_, what)| what)
+    }
+
+    fn spend(&mut self, at: &str, cost: usize) -> Result<()> {
+        match self.budget.checked_sub(cost) {
+            Some(left) => {
+                self.budget = left;
+                Ok(())
+            }
+            None => Err(self.refuse(at, "values that repeat each other beyond all measure")),
+        }
+    }
+
+    fn refuse(&self, at: &str, what: impl std::fmt::Display) -> Error {
+        let at = if at.is_empty() { String::new() } else { format!("{at:.200}: ") };
+        Error::refused(self.record.path(), self.record.start(), format!("{at}{what}"))
+    }
+}
+
+/// The storage from the first element of a tensor to its last; `None` if they are not all inside.
+fn cut(storage: &Region, dtype: DType, offset: usize, shape: &[usize], strides: &[usize]) -> Option<Region> {
+    let size = dtype.size_bytes();
+    if shape.len() != strides.len() {
+        return None;
+    }
+    let numel = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d))?;
+    let bytes = numel.checked_mul(size)?;
+    if numel == 0 {
+        return storage.part(0, 0);
+    }
+    let mut last = 0usize;
+    for (size, stride) in shape.iter().zip(strides) {
+        last = last.checked_add((size - 1).checked_mul(*stride)?)?;
+    }
+    let span = last.checked_add(1)?.checked_mul(size)?;
+    if bytes > span && bytes > MAX_REPEATED_BYTES {
+        return None;
+    }
+    storage.part(offset.checked_mul(size)? as u64, span as u64)
+}
