@@ -6,6 +6,7 @@ use candle_core::{CpuStorage, DType};
 use half::{bf16, f16};
 use sconce_mesh::ProcessGroup;
 
+use crate::buffers::Buffers;
 use crate::flat_param::FlatParameter;
 use crate::mixed_precision::Float;
 
@@ -17,14 +18,26 @@ pub(crate) fn gather(
     flat: &FlatParameter,
     shard: &Arc<Vec<f32>>,
     dtype: DType,
+    buffers: &Buffers,
 ) -> sconce_mesh::Result<Vec<CpuStorage>> {
     if flat.params().is_empty() {
         return Ok(Vec::new());
     }
     match dtype {
-        DType::F16 => gather_as::<f16>(group, flat, &f16::from_shard(shard)),
-        DType::BF16 => gather_as::<bf16>(group, flat, &bf16::from_shard(shard)),
-        _ => gather_as::<f32>(group, flat, shard),
+        DType::F16 => gather_as::<f16>(group, flat, &f16::from_shard(shard), buffers),
+        DType::BF16 => gather_as::<bf16>(group, flat, &bf16::from_shard(shard), buffers),
+        _ => gather_as::<f32>(group, flat, shard, buffers),
+    }
+}
+
+/// Gives back what [`gather`] returned.
+pub(crate) fn release(gathered: CpuStorage, buffers: &Buffers) {
+    match gathered {
+        CpuStorage::F32(values) => buffers.give(values),
+        CpuStorage::F16(values) => buffers.give(values),
+        CpuStorage::BF16(values) => buffers.give(values),
+        // Nothing else is gathered.
+        _ => {}
     }
 }
 
@@ -33,8 +46,9 @@ fn gather_as<T: Float>(
     group: &ProcessGroup,
     flat: &FlatParameter,
     shard: &[T],
+    buffers: &Buffers,
 ) -> sconce_mesh::Result<Vec<CpuStorage>> {
-    let mut params: Vec<Vec<T>> = flat.params().iter().map(|p| vec![T::default(); p.numel]).collect();
+    let mut params: Vec<Vec<T>> = flat.params().iter().map(|p| buffers.take(p.numel)).collect();
     let mut padding = vec![T::default(); flat.padding()];
     group.all_gather_vectored(shard, &mut flat.pieces(&mut params, &mut padding))?;
     Ok(params.into_iter().map(T::storage).collect())

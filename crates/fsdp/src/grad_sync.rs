@@ -68,7 +68,7 @@ impl Reduction {
     }
 
     fn scattered<T: Float>(&self, op: ReduceOp) -> Result<Vec<T>> {
-        let mut reduced = vec![T::default(); self.flat.trainable_shard_numel()];
+        let numel = self.flat.trainable_shard_numel();
         let zeros = vec![T::default(); self.zeros_needed()];
         let lent: Vec<_> =
             self.gradients.iter().map(|g| g.as_ref().map(Tensor::storage_and_layout)).collect();
@@ -82,6 +82,13 @@ impl Reduction {
                 })?,
             });
         }
+        if self.groups.shard.size() == 1 {
+            // What one rank scatters is what it has, end to end; zeroing memory for it first would be a pass more.
+            let mut whole = Vec::with_capacity(numel);
+            parts.iter().for_each(|part| whole.extend_from_slice(part));
+            return Ok(whole);
+        }
+        let mut reduced = vec![T::default(); numel];
         self.groups.shard.reduce_scatter_vectored(&parts, &mut reduced, op)?;
         Ok(reduced)
     }

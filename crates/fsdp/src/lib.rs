@@ -1,5 +1,6 @@
 //! Fully sharded and hybrid sharded training of unmodified candle models.
 
+mod buffers;
 mod builder;
 mod cell;
 mod checkpointed;

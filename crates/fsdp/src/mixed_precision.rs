@@ -54,6 +54,8 @@ pub(crate) trait Float: sconce_mesh::Element + Default {
     fn storage(values: Vec<Self>) -> CpuStorage;
     /// The values of a candle storage of this type.
     fn values(storage: &CpuStorage) -> Option<&[Self]>;
+    /// The same, taken out of it.
+    fn into_values(storage: CpuStorage) -> Option<Vec<Self>>;
 }
 
 impl Float for f32 {
@@ -67,6 +69,12 @@ impl Float for f32 {
         CpuStorage::F32(values)
     }
     fn values(storage: &CpuStorage) -> Option<&[f32]> {
+        match storage {
+            CpuStorage::F32(values) => Some(values),
+            _ => None,
+        }
+    }
+    fn into_values(storage: CpuStorage) -> Option<Vec<f32>> {
         match storage {
             CpuStorage::F32(values) => Some(values),
             _ => None,
@@ -91,6 +99,12 @@ macro_rules! half_float {
                 CpuStorage::$variant(values)
             }
             fn values(storage: &CpuStorage) -> Option<&[$type]> {
+                match storage {
+                    CpuStorage::$variant(values) => Some(values),
+                    _ => None,
+                }
+            }
+            fn into_values(storage: CpuStorage) -> Option<Vec<$type>> {
                 match storage {
                     CpuStorage::$variant(values) => Some(values),
                     _ => None,

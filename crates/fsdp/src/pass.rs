@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use sconce_mesh::Work;
 
+use crate::buffers::Buffers;
 use crate::cell::Failure;
 use crate::config::Overlap;
 use crate::prefetch::UnitOrder;
@@ -25,6 +26,8 @@ pub(crate) struct Pass {
     pub(crate) failure: Failure,
     pub(crate) precision: MixedPrecision,
     pub(crate) overlap: Overlap,
+    /// Memory of gathered parameters.
+    pub(crate) buffers: Buffers,
     units: OnceLock<Vec<Weak<Unit>>>,
     eval: AtomicBool,
     no_sync: AtomicBool,
@@ -40,6 +43,7 @@ impl Pass {
             failure: Failure::default(),
             precision,
             overlap,
+            buffers: Buffers::default(),
             units: OnceLock::new(),
             eval: AtomicBool::new(false),
             no_sync: AtomicBool::new(false),
@@ -105,6 +109,12 @@ impl Pass {
     pub(crate) fn backward_reached(&self, index: usize) -> Result<()> {
         let next = lock(&self.order).backward_reached(index, self.overlap.backward_prefetch);
         self.prefetch(&next)
+    }
+
+    /// Whether a unit that backward has yet to reach is still to be gathered.
+    pub(crate) fn is_gather_ahead(&self) -> bool {
+        let is_freed = |index: &usize| self.unit(*index).is_some_and(|unit| unit.is_freed());
+        lock(&self.order).ahead().iter().any(is_freed)
     }
 
     fn prefetch(&self, indices: &[usize]) -> Result<()> {

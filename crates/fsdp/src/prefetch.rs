@@ -38,6 +38,11 @@ impl UnitOrder {
         self.ended.truncate(at);
         self.ended.iter().rev().take(depth).copied().collect()
     }
+
+    /// Units that backward has not reached.
+    pub(crate) fn ahead(&self) -> &[usize] {
+        &self.ended
+    }
 }
 
 #[cfg(test)]

@@ -48,6 +48,7 @@ impl Fsdp {
         let params = named.map(|(param, cell)| (param.fqn.as_str(), cell)).collect();
         let outcome = f(&FullParams { params });
         self.reshard()?;
+        self.pass.buffers.forget();
         self.typed(outcome, "with summoned parameters")
     }
 

@@ -2,13 +2,13 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::{CpuStorage, DType, Tensor};
+use candle_core::{CpuStorage, Tensor};
 use sconce_mesh::Work;
 
 use crate::cell::{UnitSlot, freed, input_token, mark_output, swap_storage};
 use crate::error::CandleContext;
 use crate::flat_param::FlatParameter;
-use crate::gather::gather;
+use crate::gather::{gather, release};
 use crate::grad_sync::Reduction;
 use crate::pass::Pass;
 use crate::shard::Shard;
@@ -140,8 +140,11 @@ impl Unit {
         let mut state = self.state();
         let communicates = self.groups.shard.size() > 1 && !self.flat.params().is_empty();
         if communicates && matches!(state.params, Params::Freed) {
-            let (flat, shard, dtype) = (self.flat.clone(), self.shard.values(), self.dtype());
-            let gathering = self.groups.shard.issue(move |group| gather(group, &flat, &shard, dtype));
+            let (flat, shard, pass) = (self.flat.clone(), self.shard.values(), self.pass.clone());
+            let gathering = self
+                .groups
+                .shard
+                .issue(move |group| gather(group, &flat, &shard, pass.precision.param_dtype, &pass.buffers));
             state.params = Params::Gathering(gathering);
         }
         Ok(())
@@ -151,7 +154,10 @@ impl Unit {
     pub(crate) fn unshard(&self) -> Result<()> {
         let params = std::mem::replace(&mut self.state().params, Params::Freed);
         let gathered = match params {
-            Params::Freed => gather(&self.groups.shard, &self.flat, &self.shard.values(), self.dtype())?,
+            Params::Freed => {
+                let Pass { precision, buffers, .. } = &*self.pass;
+                gather(&self.groups.shard, &self.flat, &self.shard.values(), precision.param_dtype, buffers)?
+            }
             Params::Gathering(work) => work.wait()?,
             Params::Unsharded => {
                 self.state().params = Params::Unsharded;
@@ -169,14 +175,23 @@ impl Unit {
     pub(crate) fn reshard(&self) -> Result<()> {
         match std::mem::replace(&mut self.state().params, Params::Freed) {
             Params::Freed => {}
-            Params::Gathering(work) => drop(work.wait()?),
+            Params::Gathering(work) => {
+                work.wait()?.into_iter().for_each(|buffer| release(buffer, &self.pass.buffers));
+            }
             Params::Unsharded => {
                 for cell in &self.cells {
-                    swap_storage(cell, freed()).during(|| format!("resharding unit {:?}", self.name))?;
+                    let buffer = swap_storage(cell, freed());
+                    let buffer = buffer.during(|| format!("resharding unit {:?}", self.name))?;
+                    release(buffer, &self.pass.buffers);
                 }
             }
         }
         Ok(())
+    }
+
+    /// Whether its parameters are neither here nor on their way.
+    pub(crate) fn is_freed(&self) -> bool {
+        matches!(self.state().params, Params::Freed)
     }
 
     /// Before the first op of the unit in backward.
@@ -204,6 +219,12 @@ impl Unit {
     /// After every gradient that the loss reaches: frees the parameters, reduces the gradients.
     pub(crate) fn post_backward(&self) -> Result<()> {
         self.reshard()?;
+        let reduces_beside = self.pass.overlap.reduce && self.groups.n_ranks() > 1;
+        // A gather ahead waits for its turn after the reduction that begins here, whose gradients lie in memory until
+        // then: keeping a buffer for it would make the peak a unit higher.
+        if reduces_beside || !self.pass.is_gather_ahead() {
+            self.pass.buffers.free_idle();
+        }
         if self.flat.trainable().is_empty() || self.pass.is_no_sync() {
             return Ok(());
         }
@@ -211,7 +232,7 @@ impl Unit {
         let gradients = std::mem::replace(&mut self.state().gradients, vec![None; n_gradients]);
         let reduction =
             Reduction::new(&self.flat, &self.groups, self.pass.precision.reduce_dtype, gradients)?;
-        if self.pass.overlap.reduce && self.groups.n_ranks() > 1 {
+        if reduces_beside {
             self.pass.reducing(self.index, || self.groups.shard.issue(move |_| Ok(reduction.run())))
         } else {
             self.add_shard_gradient(reduction.run()?);
@@ -252,10 +273,6 @@ impl Unit {
     /// The model's tensors of this unit, in the order of its parameters.
     pub(crate) fn cells(&self) -> &[Tensor] {
         &self.cells
-    }
-
-    fn dtype(&self) -> DType {
-        self.pass.precision.param_dtype
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
