@@ -37,6 +37,9 @@ pub(crate) fn decode(path: &Path, bytes: &[u8]) -> Result<Metadata> {
     let head: Head = serde_json::from_slice(head)
         .map_err(|e| damage.of("head", size_of::<Prelude>(), "JSON of format 1", e.to_string()))?;
     let columns = Columns::find(&damage, &head, columns)?;
+    if !columns.are_rows_used_once() {
+        return Err(damage.of("tensors", 0, "each row in one place only", "shared rows".into()));
+    }
     let files = columns.files.iter().map(|row| columns.file(row)).collect::<Option<Vec<_>>>();
     let files = files
         .ok_or_else(|| damage.of("files", 0, "names and blocks inside the manifest", "others".into()))?;
@@ -86,6 +89,22 @@ impl<'m> Columns<'m> {
             return Ok(columns);
         }
         Err(damage.of("end", left.taken, "no more bytes", format!("{} more", left.bytes.len())))
+    }
+
+    /// Whether tensors, chunks and files take no more rows than there are. Shared ones would make much of a few bytes.
+    fn are_rows_used_once(&self) -> bool {
+        let tensors = self.tensors.iter();
+        let chunks: u128 = tensors.clone().map(|row| u128::from(row.chunk_count.get())).sum();
+        let dims_of = |row: &TensorRow| u128::from(row.ndim) * (1 + 2 * u128::from(row.chunk_count.get()));
+        let dims: u128 = tensors.clone().map(dims_of).sum();
+        let names = tensors.map(|row| row.name_len).chain(self.files.iter().map(|row| row.name_len));
+        let names: u128 = names.map(|len| u128::from(len.get())).sum();
+        let blocks = self.files.iter().map(|row| u128::from(row.len_bytes.get().div_ceil(BLOCK_BYTES)));
+        let within = |used: u128, there: usize| used <= there as u128;
+        within(chunks, self.chunks.len())
+            && within(dims, self.dims.len())
+            && within(names, self.names.len())
+            && within(blocks.sum(), self.blocks.len())
     }
 
     fn name(&self, start: U64, len: U32) -> Option<String> {

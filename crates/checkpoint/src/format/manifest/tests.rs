@@ -108,6 +108,70 @@ fn a_head_that_claims_more_than_there_is_allocates_nothing() {
     assert!(matches!(read(&bytes), Err(Error::Corrupt { .. })));
 }
 
+/// The manifest with other bytes from `at` on in the section of that position, and right checksums.
+fn forged(section: usize, at: usize, bytes: &[u8]) -> Vec<u8> {
+    let good = encode(&metadata()).unwrap();
+    let head_len = u64::from_le_bytes(good[16..24].try_into().unwrap()) as usize;
+    let mut head: Head = serde_json::from_slice(&good[32..32 + head_len]).unwrap();
+    let mut columns = good[32 + head_len..].to_vec();
+    let s = &mut head.sections;
+    let all = [&mut s.tensors, &mut s.chunks, &mut s.dims, &mut s.files, &mut s.blocks, &mut s.names];
+    let mut start = 0;
+    for (nth, of) in all.into_iter().enumerate() {
+        let end = start + of.len_bytes as usize;
+        if nth == section {
+            columns[start + at..start + at + bytes.len()].copy_from_slice(bytes);
+            of.crc32 = crc32fast::hash(&columns[start..end]);
+        }
+        start = end;
+    }
+    let head = serde_json::to_vec(&head).unwrap();
+    let mut prelude = good[..32].to_vec();
+    prelude[16..24].copy_from_slice(&(head.len() as u64).to_le_bytes());
+    prelude[24..28].copy_from_slice(&crc32fast::hash(&head).to_le_bytes());
+    let crc = crc32fast::hash(&prelude[..28]);
+    prelude[28..].copy_from_slice(&crc.to_le_bytes());
+    [prelude, head, columns].concat()
+}
+
+#[test]
+fn counts_and_offsets_of_any_size_are_refused_before_anything_is_allocated() {
+    let (tensors, chunks, dims, files, names) = (0, 1, 2, 3, 5);
+    assert_eq!(read(&forged(tensors, 0, &[])).unwrap(), metadata());
+    let number = |n: u64| n.to_le_bytes();
+    let third = 2 * size_of::<rows::TensorRow>();
+    for (section, at, bytes) in [
+        (tensors, third + 32, number(1_000_000_000)), // the number of chunks
+        (tensors, third + 32, number(u64::MAX)),
+        (tensors, 32, number(1)),       // a chunk that another tensor has
+        (tensors, 16, number(1 << 63)), // where the shape begins
+        (tensors, 0, number(1 << 63)),  // where the name begins
+        (chunks, 8, number(u64::MAX)),  // the offset in the file
+        (chunks, 16, number(1 << 63)),  // the file
+        (chunks, 0, number(1 << 62)),   // where the bounds begin
+        (dims, 0, number(1 << 63)),     // a size
+        (files, 16, number(1 << 63)),   // a length
+        (files, 24, number(1 << 63)),   // where the checksums begin
+        (tensors, 12, number(0xff)),    // a dtype that there is not
+        (names, 0, number(0xff)),       // what is no UTF-8
+    ] {
+        let refused = read(&forged(section, at, &bytes));
+        assert!(matches!(refused, Err(Error::Corrupt { .. })), "{section} {at}: {refused:?}");
+    }
+}
+
+#[test]
+fn a_state_nested_too_deep_to_be_read_back_is_not_written() {
+    let nested = |depth: usize| {
+        let tree = (0..depth).fold(Node::Int(1), |node, _| Node::Map(vec![("k".to_owned(), node)]));
+        Metadata { tree: Node::Map(vec![("root".to_owned(), tree)]), ..metadata() }
+    };
+    let deepest = (0..100).rev().find(|depth| encode(&nested(*depth)).is_ok()).unwrap();
+    assert!(deepest >= 30, "{deepest}");
+    assert_eq!(read(&encode(&nested(deepest)).unwrap()).unwrap(), nested(deepest));
+    assert!(matches!(encode(&nested(deepest + 1)), Err(Error::ValueMismatch { .. })));
+}
+
 proptest! {
     #[test]
     fn bytes_of_any_kind_are_an_error_not_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
