@@ -121,10 +121,15 @@ fn follows_torch(mode: &str, n: usize, strategy: ShardingStrategy, kind: Kind) {
     });
 }
 
+/// The even shares of one batch have its mean loss and gradient: torch's single process is every layout's reference.
 #[test]
-fn simple_model_follows_torchs_single_process() {
-    follows_torch("single", 1, ShardingStrategy::FullShard, Kind::Adam);
-    follows_torch("single", 1, ShardingStrategy::FullShard, Kind::Sgd);
+fn simple_model_follows_torchs_single_process_under_every_strategy_and_world() {
+    for strategy in STRATEGIES {
+        for n in [1, 2, 4] {
+            follows_torch("single", n, strategy, Kind::Adam);
+            follows_torch("single", n, strategy, Kind::Sgd);
+        }
+    }
 }
 
 #[test]
@@ -140,6 +145,36 @@ fn simple_model_follows_torchs_hsdp_on_two_by_two_ranks() {
     for strategy in [ShardingStrategy::HybridShard, ShardingStrategy::HybridShardZero2] {
         follows_torch("hsdp", 4, strategy, Kind::Adam);
         follows_torch("hsdp", 4, strategy, Kind::Sgd);
+    }
+}
+
+#[test]
+fn the_uneven_model_follows_torchs_single_process_under_every_strategy_and_world() {
+    let load = |name: &str| {
+        let file = fixture(&format!("uneven_parity/{name}.safetensors"));
+        candle_core::safetensors::load(file, &Device::Cpu).unwrap()
+    };
+    let data = load("data");
+    let init = data.iter().filter_map(|(name, t)| Some((name.strip_prefix("init.")?.to_owned(), t.clone())));
+    let init: HashMap<String, Tensor> = init.collect();
+    let text = std::fs::read_to_string(fixture("uneven_parity/losses.json")).unwrap();
+    let losses: HashMap<String, Vec<f32>> = serde_json::from_str(&text).unwrap();
+    for kind in [Kind::Adam, Kind::Sgd] {
+        let finals = load(kind.name());
+        for (strategy, n) in STRATEGIES.into_iter().flat_map(|s| [1, 2, 4].map(|n| (s, n))) {
+            ranks(n, |world| {
+                let (model, fsdp) = build(&world, strategy, SimpleModelUneven::new);
+                fsdp.load_state_dict(&whole_state(&init)).unwrap();
+                let what = format!("{strategy:?} {kind:?} on {n} ranks");
+                let got = train(&world, (&model, &fsdp), kind, (&data["x"], &data["y"]));
+                assert_close(&what, &got, &losses[kind.name()]);
+                for (fqn, values) in full(&fsdp) {
+                    let expected = finals[&fqn].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                    let off = relative_difference(&values, &expected);
+                    assert!(off < 1e-5, "{what} {fqn}: {off}");
+                }
+            });
+        }
     }
 }
 
