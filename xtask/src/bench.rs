@@ -11,7 +11,7 @@ use std::process::Command;
 use crate::root;
 
 const USAGE: &str = "usage: cargo xtask bench checkpoint [--torch PYTHON] | collectives [--torch PYTHON] [--ferrotorch] \
-                     | fsdp [--torch PYTHON] | redistribute [--torch PYTHON] | overlap | store";
+                     | fsdp [--torch PYTHON] | redistribute [--torch PYTHON] | overlap | store | kernels";
 
 /// Runs the benchmark that `arguments` name.
 pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
@@ -22,6 +22,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
         ("fsdp", rest) => fsdp::run(rest),
         ("redistribute", rest) => redistribute::run(rest),
         ("overlap" | "store", []) => shown(mesh_bench(name)),
+        ("kernels", []) => shown(kernels()),
         _ => Err(USAGE.to_owned()),
     }
 }
@@ -30,6 +31,14 @@ fn mesh_bench(name: &str) -> Command {
     let mut command = Command::new(env!("CARGO"));
     let arguments = "bench -q -p sconce-mesh --no-default-features --features tcp-store --bench";
     command.args(arguments.split(' ')).arg(name);
+    command
+}
+
+/// The reduction kernels are private: one of their own tests measures them.
+fn kernels() -> Command {
+    let mut command = Command::new(env!("CARGO"));
+    let arguments = "test -q --release -p sconce-mesh --no-default-features --lib -- --ignored --nocapture";
+    command.args(arguments.split(' ')).arg("speed_of_the_kernels");
     command
 }
 

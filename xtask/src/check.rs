@@ -13,6 +13,7 @@ const FEATURE_SETS: &[&str] = &[
     "-p sconce-mesh --all-targets --no-default-features --features launcher",
     "-p sconce-mesh --all-targets --no-default-features --features candle",
     "-p sconce-mesh --all-targets --no-default-features --features tcp-store,test-faults",
+    "-p sconce-mesh --all-targets --no-default-features --features tracing",
     "-p sconce-dtensor --no-default-features",
     "-p sconce-dtensor --no-default-features --features candle",
     "-p sconce-checkpoint --all-targets --no-default-features",
@@ -54,6 +55,7 @@ pub(crate) fn run() -> Result<(), String> {
     shell(&format!("{main_job} -- --steps 6"))?;
     cargo("run -q -p sconce-dtensor --example tensor_parallel", &[])?;
     demo::run(&["elastic".to_owned()])?;
+    cargo("test -p sconce-mesh --no-default-features --features tracing --lib span", &[])?;
     if has_mpi {
         return mpi_test::run();
     }

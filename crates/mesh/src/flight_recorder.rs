@@ -9,7 +9,7 @@ use std::thread::{Thread, current};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::backend::Call;
-use crate::{Rank, ReduceOp};
+use crate::{Rank, ReduceOp, Result};
 
 /// Collectives kept of each group.
 const KEPT: usize = 1024;
@@ -153,6 +153,25 @@ impl FlightRecorder {
         }
     }
 
+    /// Runs call `seq` in a span of `tracing`, and makes its error an event.
+    #[cfg(feature = "tracing")]
+    pub(crate) fn in_span(&self, seq: u64, call: &Described, run: impl FnOnce() -> Result<()>) -> Result<()> {
+        let (group, rank) = (self.group.as_str(), self.rank.0);
+        let name = call.call.map_or("barrier", |call| call.name.name());
+        let span = tracing::debug_span!(target: "sconce_mesh", "collective", name, group, rank, seq, %call);
+        span.in_scope(run).inspect_err(|error| tracing::error!(target: "sconce_mesh", parent: &span, %error))
+    }
+
+    #[cfg(not(feature = "tracing"))]
+    pub(crate) fn in_span(
+        &self,
+        _seq: u64,
+        _call: &Described,
+        run: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        run()
+    }
+
     pub(crate) fn snapshot(&self) -> FlightRecord {
         let collectives = self.lock().entries.iter().map(|entry| self.record(entry)).collect();
         FlightRecord { group: self.group.clone(), rank: self.rank, ranks: self.ranks.to_vec(), collectives }
@@ -271,6 +290,47 @@ mod tests {
         let text = record.to_string();
         assert!(text.starts_with("group a \"group\" of ranks [0, 3], as rank 3 saw it\n"), "{text}");
         assert_eq!(text.lines().count(), KEPT + 2);
+    }
+
+    #[cfg(feature = "tracing")]
+    #[test]
+    fn a_collective_is_a_span_and_its_error_an_event_in_it() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+        use tracing::{Event, Metadata, Subscriber, span};
+
+        #[derive(Clone, Default)]
+        struct Heard(Arc<[AtomicUsize; 3]>);
+
+        impl Subscriber for Heard {
+            fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+                metadata.target() == "sconce_mesh"
+            }
+            fn new_span(&self, attributes: &span::Attributes<'_>) -> span::Id {
+                assert_eq!(attributes.metadata().name(), "collective");
+                self.0[0].fetch_add(1, Ordering::Relaxed);
+                span::Id::from_u64(1)
+            }
+            fn event(&self, event: &Event<'_>) {
+                assert_eq!(event.parent(), Some(&span::Id::from_u64(1)));
+                self.0[1].fetch_add(1, Ordering::Relaxed);
+            }
+            fn enter(&self, _span: &span::Id) {
+                self.0[2].fetch_add(1, Ordering::Relaxed);
+            }
+            fn record(&self, _span: &span::Id, _values: &span::Record<'_>) {}
+            fn record_follows_from(&self, _span: &span::Id, _follows: &span::Id) {}
+            fn exit(&self, _span: &span::Id) {}
+        }
+
+        let heard = Heard::default();
+        tracing::subscriber::with_default(heard.clone(), || {
+            let groups = crate::ProcessGroup::threads(1, crate::GroupOptions::default()).unwrap();
+            groups[0].barrier().unwrap();
+            groups[0].abort();
+            assert!(groups[0].all_reduce(&mut [1f32], ReduceOp::Sum).is_err());
+        });
+        let counts: Vec<usize> = heard.0.iter().map(|count| count.load(Ordering::Relaxed)).collect();
+        assert_eq!(counts, [2, 1, 2]);
     }
 
     #[test]

@@ -183,6 +183,29 @@ fn a_stopped_rank_is_a_timeout_that_names_it_on_every_rank() {
 }
 
 #[test]
+fn a_rank_started_twice_is_refused_by_name() {
+    let ranks = procs("a_rank_started_twice_is_refused_by_name", &[0, 1, 1], |process| {
+        match process.join(2, LONG) {
+            Ok(world) => world.barrier().unwrap(),
+            Err(error) => {
+                assert!(matches!(error, Error::InvalidArgument { op: "joining the world", .. }), "{error}");
+                let text = error.to_string();
+                assert!(
+                    text.starts_with("joining the world: rank 1: expected each rank to be started once"),
+                    "{text}"
+                );
+                process.signal("refused");
+            }
+        }
+        // A process that has ended is no second one.
+        sconce_mesh::Store::get(&*process.store, "refused", LONG).unwrap();
+    });
+    if let Some(mut ranks) = ranks {
+        ranks.assert_success(&[0, 1, 2]);
+    }
+}
+
+#[test]
 fn joining_names_the_ranks_that_did_not_come() {
     let name = "joining_names_the_ranks_that_did_not_come";
     let ranks = procs(name, &[0, 1, 3], |process| {

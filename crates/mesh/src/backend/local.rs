@@ -10,6 +10,7 @@ mod exchange;
 mod failure;
 mod fds;
 mod ffi;
+pub(crate) mod identity;
 mod liveness;
 mod memfd;
 mod rendezvous;

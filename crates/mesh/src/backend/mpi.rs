@@ -24,7 +24,7 @@ use self::block::Block;
 pub(crate) use self::group::MpiGroup;
 use self::placement::Placement;
 use self::wire::{Parcel, Stop, Tags, Wire};
-use super::local::{Endpoint, LocalWorld, Offer};
+use super::local::{Endpoint, LocalWorld, Offer, identity};
 use super::{Backend, Invitation, Membership, WorldBackend, text_of};
 use crate::{Error, Rank, Result};
 
@@ -213,23 +213,9 @@ fn meet_host(wire: Wire, host_of: &[usize], timeout: Duration) -> Result<(Wire, 
     Ok((wire.with_host(local, mates), Some(endpoint)))
 }
 
-/// The kernel and the network namespace, in which this host's ranks find each other.
+/// What tells this rank's host from others.
 fn host_id() -> Result<String> {
-    if let Ok(id) = std::env::var(HOST_ID) {
-        return Ok(id);
-    }
-    let read = |path: &str, text: std::io::Result<String>| {
-        text.map_err(|e| Error::Backend {
-            backend: "mpi",
-            call: format!("reading {path}"),
-            cause: e.to_string(),
-        })
-    };
-    const BOOT: &str = "/proc/sys/kernel/random/boot_id";
-    const NET: &str = "/proc/self/ns/net";
-    let boot = read(BOOT, std::fs::read_to_string(BOOT))?;
-    let net = read(NET, std::fs::read_link(NET).map(|link| link.to_string_lossy().into_owned()))?;
-    Ok(format!("{} {net}", boot.trim()))
+    std::env::var(HOST_ID).or_else(|_| identity::host_id())
 }
 
 /// A text as messages carry it, filled up with zeros.

@@ -27,7 +27,7 @@ impl Recorded {
 
     fn record(&self, call: Described, run: impl FnOnce(&dyn Backend) -> Result<()>) -> Result<()> {
         let seq = self.recorder.begin(call);
-        let result = run(&*self.inner);
+        let result = self.recorder.in_span(seq, &call, || run(&*self.inner));
         let state = if result.is_ok() { CollectiveState::Completed } else { CollectiveState::Failed };
         self.recorder.end(seq, state);
         if let Err(error) = &result {

@@ -8,6 +8,7 @@ use rustix::process::{PidfdFlags, getpid, pidfd_open};
 
 use super::bootstrap::{Guest, Offer, Patience, Stop, fetch, fetch_when_open};
 use super::ffi::Mapping;
+use super::identity::{self, Identity};
 use super::liveness::Watch;
 use super::{Membership, memfd, system};
 use crate::{Error, Rank, Result, Store};
@@ -28,16 +29,42 @@ pub(super) struct Joined {
 /// # Errors
 /// `Timeout`, `PeerLost` if the leader went away, `Store`, `Backend`.
 pub(super) fn join(store: &dyn Store, world: &Membership) -> Result<Joined> {
-    let roll = Roll { store, world, prefix: prefix(store, world)?, started: Instant::now() };
-    roll.sign()?;
+    let (started, own) = (Instant::now(), Identity::own()?);
+    let prefix = prefix(store, world, &own)?;
+    let roll = Roll { store, world, prefix, started };
+    roll.sign(&own)?;
     let own = pidfd_open(getpid(), PidfdFlags::empty()).map_err(|errno| system("pidfd_open", errno))?;
     if world.group_rank == 0 { roll.lead(own) } else { roll.follow(own) }
 }
 
 /// Where this world's keys lie: worlds made one after the other from one store do not meet.
-fn prefix(store: &dyn Store, world: &Membership) -> Result<String> {
+///
+/// # Errors
+/// `InvalidArgument` if another process, which still runs, has joined as this rank; `Store`.
+fn prefix(store: &dyn Store, world: &Membership, own: &Identity) -> Result<String> {
+    let place = |n_worlds: i64| format!("sconce/{}/{n_worlds}", world.group);
     let n_worlds = store.add(&format!("sconce/{}/joins/{}", world.group, world.group_rank), 1)?;
-    Ok(format!("sconce/{}/{n_worlds}", world.group))
+    let before = signed_at(store, &signature(&place(n_worlds - 1), world.group_rank));
+    match before.and_then(|text| Identity::parse(&text)).filter(|before| before.is_rival_of(own)) {
+        None => Ok(place(n_worlds)),
+        Some(rival) => Err(Error::InvalidArgument {
+            op: "joining the world",
+            what: format!("rank {}", world.ranks[world.group_rank]),
+            expected: "each rank to be started once".into(),
+            got: format!("a second process; process {} has joined as this rank", rival.pid()),
+        }),
+    }
+}
+
+/// Where a rank signs.
+fn signature(prefix: &str, group_rank: usize) -> String {
+    format!("{prefix}/here/{group_rank}")
+}
+
+/// What is signed there. An absent key counts as empty, so asking does not wait.
+fn signed_at(store: &dyn Store, key: &str) -> Option<String> {
+    let held = store.compare_set(key, b"", b"").ok().filter(|held| !held.is_empty())?;
+    Some(String::from_utf8_lossy(&held).into_owned())
 }
 
 /// The store's side of a world's rendezvous: each rank signs when it comes.
@@ -49,12 +76,9 @@ struct Roll<'a> {
 }
 
 impl Roll<'_> {
-    fn sign(&self) -> Result<()> {
-        self.store.set(&self.signature(self.world.group_rank), b"here")
-    }
-
-    fn signature(&self, group_rank: usize) -> String {
-        format!("{}/here/{group_rank}", self.prefix)
+    fn sign(&self, own: &Identity) -> Result<()> {
+        let key = signature(&self.prefix, self.world.group_rank);
+        self.store.set(&key, own.to_string().as_bytes())
     }
 
     fn leader_key(&self) -> String {
@@ -68,7 +92,8 @@ impl Roll<'_> {
     fn lead(&self, own: OwnedFd) -> Result<Joined> {
         let offer = Offer::open()?;
         self.store.set(&self.leader_key(), offer.address().as_bytes())?;
-        lead_world(self.world, &offer, own, &self.patience())
+        let led = lead_world(self.world, &offer, own, &self.patience());
+        led.map_err(|error| self.apart().unwrap_or(error))
     }
 
     fn follow(&self, own: OwnedFd) -> Result<Joined> {
@@ -82,6 +107,9 @@ impl Roll<'_> {
 
     /// A member's error: if the leader gave up because ranks are missing, it is those that matter.
     fn stopped(&self, stop: Stop) -> Error {
+        if let Some(error) = self.apart() {
+            return error;
+        }
         match stop {
             Stop::Deadline => self.late(),
             Stop::Closed if self.signed().contains(&false) => self.late(),
@@ -98,11 +126,20 @@ impl Roll<'_> {
         timeout(self.world, self.signed())
     }
 
-    /// Who has signed. An absent key counts as empty, so asking does not wait.
+    /// The error of ranks on several hosts, if there are any.
+    fn apart(&self) -> Option<Error> {
+        let signed: Vec<_> = self.texts().iter().map(|text| Identity::parse(text.as_deref()?)).collect();
+        identity::apart(&signed)
+    }
+
+    /// Who has signed.
     fn signed(&self) -> Vec<bool> {
-        let signed =
-            |g| self.store.compare_set(&self.signature(g), b"", b"").is_ok_and(|held| !held.is_empty());
-        (0..self.world.ranks.len()).map(signed).collect()
+        self.texts().iter().map(Option::is_some).collect()
+    }
+
+    fn texts(&self) -> Vec<Option<String>> {
+        let text = |g| signed_at(self.store, &signature(&self.prefix, g));
+        (0..self.world.ranks.len()).map(text).collect()
     }
 }
 

@@ -114,3 +114,28 @@ fn every_bf16_and_its_ties_narrow_as_half_does() {
         }
     }
 }
+
+/// `cargo xtask bench kernels`: what one core reads and writes when 4 ranks' blocks lie in its cache.
+#[test]
+#[ignore = "prints speeds, asserts none"]
+fn speed_of_the_kernels_from_cache() {
+    const BYTES: usize = 4096;
+    const RANKS: usize = 4;
+    for dtype in DType::ELEMENTS {
+        let words = vec![vec![0u64; BYTES / 8]; RANKS];
+        let sources: Vec<&[u8]> = words.iter().map(|words| bytemuck::cast_slice(words)).collect();
+        let mut out = vec![0u64; BYTES / 8];
+        let mut pass = |n: usize| {
+            let started = std::time::Instant::now();
+            for _ in 0..n {
+                let out = bytemuck::cast_slice_mut(&mut out);
+                reduce(dtype, ReduceOp::Sum, std::hint::black_box(&sources), std::hint::black_box(out));
+            }
+            ((RANKS + 1) * BYTES * n) as f64 / started.elapsed().as_secs_f64() / 1e9
+        };
+        pass(1000);
+        let mut speeds: Vec<f64> = (0..15).map(|_| pass(2000)).collect();
+        speeds.sort_by(f64::total_cmp);
+        println!("sum of {RANKS} x {BYTES} bytes of {dtype:<5} {:7.1} GB/s a core", speeds[7]);
+    }
+}
