@@ -39,6 +39,10 @@ impl Watch {
         self.rank
     }
 
+    pub(super) fn world_size(&self) -> usize {
+        self.world.geometry().ranks()
+    }
+
     /// The rank that was lost first, as far as anyone has recorded.
     pub(super) fn recorded(&self) -> Option<Rank> {
         let word = self.world.group_word(GroupWord::Lost).load(Ordering::Acquire);

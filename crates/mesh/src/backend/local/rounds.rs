@@ -69,11 +69,13 @@ fn all_reduce_chunk<'a>(
     let (peers, fill) = x.views();
     let mut sources: Vec<&[u8]> = peers.into_iter().map(|peer| &peer[own.clone()]).collect();
     sources[me] = &chunk[own.clone()];
-    reduce(dtype, op, &sources, &mut fill[own]);
+    reduce(dtype, op, &sources, &mut fill[own.clone()]);
+    // Now, while it is in this core's cache.
+    chunk[own.clone()].copy_from_slice(&fill[own]);
     x = x.cross()?;
 
-    for (g, section) in sections.into_iter().enumerate() {
-        chunk[section.clone()].copy_from_slice(&x.peer(g)[section]);
+    for g in x.others() {
+        chunk[sections[g].clone()].copy_from_slice(&x.peer(g)[sections[g].clone()]);
     }
     Ok(x)
 }
