@@ -65,7 +65,9 @@ fn complaints() -> Result<Vec<String>, String> {
 fn rust_files(dir: &Path, files: &mut Vec<PathBuf>) -> Result<(), String> {
     for entry in std::fs::read_dir(dir).map_err(|e| format!("{}: {e}", dir.display()))? {
         let path = entry.map_err(|e| e.to_string())?.path();
-        if path.is_dir() {
+        // Of the peers, which are no part of the workspace.
+        let is_build = path.file_name().is_some_and(|name| name == "target");
+        if path.is_dir() && !is_build {
             rust_files(&path, files)?;
         } else if path.extension().is_some_and(|extension| extension == "rs") {
             files.push(path);
