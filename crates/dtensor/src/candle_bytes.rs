@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, Tensor};
-use sconce_mesh::{DType, cpu_bytes, cpu_bytes_mut};
+use sconce_mesh::{DType, cpu_bytes, cpu_bytes_mut, prefer_huge_pages};
 
 use crate::error::CandleContext;
 use crate::{Error, Result};
@@ -67,10 +67,13 @@ impl InplaceOp1 for LendBytes<'_> {
     }
 }
 
-/// A zeroed CPU tensor of the given dtype.
+/// A zeroed CPU tensor of the given dtype. Its memory is touched when it is filled, not here.
 pub(crate) fn zeros(shape: &[usize], dtype: DType) -> Result<Tensor> {
-    let dtype = candle_core::DType::try_from(dtype)?;
-    Tensor::zeros(shape, dtype, &Device::Cpu).during(|| format!("allocating a tensor of shape {shape:?}"))
+    let candle_dtype = candle_core::DType::try_from(dtype)?;
+    let zeros = Tensor::zeros(shape, candle_dtype, &Device::Cpu);
+    let zeros = zeros.during(|| format!("allocating a tensor of shape {shape:?}"))?;
+    write_bytes(&zeros, &mut prefer_huge_pages)?;
+    Ok(zeros)
 }
 
 /// A copy of a contiguous tensor that shares no storage with it.

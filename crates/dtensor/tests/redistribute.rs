@@ -206,6 +206,23 @@ fn a_mesh_without_names_or_ranks_in_common_is_refused_alike_everywhere() {
                     expected f32[4] as [S(0)] on mesh [2] of ranks [0, 1] on rank 1, got none";
     assert_eq!(texts, [expected; 3]);
 
+    // The group through which they move lacks rank 2 of the target.
+    let texts = run_ranks(3, DEADLINE, |world| {
+        let all = mesh(&world, &[3]);
+        let pair = world.subgroups(&[vec![Rank(0), Rank(1)], vec![Rank(2)]]).unwrap().unwrap();
+        let own = mesh(&pair, &[pair.size()]);
+        let dtensor =
+            DTensor::from_copy(&tensor(vec![1.0; 4], &[4]), &own, &ours(&[Place::Shard(0)])).unwrap();
+        let refused = redistribute_between(&pair, Some(&dtensor), Some((&all, &ours(&[Place::Replicate]))));
+        refused.unwrap_err().to_string()
+    });
+    assert_eq!(texts[0], texts[1]);
+    assert!(
+        texts[0].starts_with("target mesh, group and world of a redistribute between meshes"),
+        "{}",
+        texts[0]
+    );
+
     let alone = DeviceMesh::new(&ProcessGroup::single(), DeviceType::Cpu, &[1], &[]).unwrap();
     let other = DeviceMesh::new(&ProcessGroup::single(), DeviceType::Cpu, &[1], &["x"]).unwrap();
     let whole = DTensor::from_copy(&tensor(vec![1.0], &[1]), &alone, &ours(&[Place::Replicate])).unwrap();

@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub(crate) use self::bootstrap::Offer;
 pub(crate) use self::exchange::Endpoint;
 use self::ffi::Mapping;
+pub use self::ffi::prefer_huge_pages;
 use self::liveness::Watch;
 use self::rendezvous::Joined;
 use self::segment::Geometry;

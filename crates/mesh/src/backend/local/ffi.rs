@@ -31,6 +31,28 @@ use rustix::thread::futex;
 use super::barrier::Barrier;
 use super::segment::{BarrierWord, Geometry, GroupWord, HALF_BYTES, RankWord};
 
+/// Shorter buffers gain nothing that would be worth a system call.
+const HUGE_BUFFER: usize = 4 << 20;
+
+/// Asks the kernel for huge pages under a buffer that is about to be filled for the first time.
+///
+/// Fresh memory is handed out and zeroed a page at a time as it is touched, which for pages of 4 KiB takes longer than
+/// moving the data: a gather of 256 MiB on each of 4 ranks spent two thirds of its time there. Short buffers are left
+/// alone, and a kernel that does not listen is no failure.
+pub fn prefer_huge_pages(buffer: &mut [u8]) {
+    if buffer.len() < HUGE_BUFFER {
+        return;
+    }
+    let page = rustix::param::page_size();
+    let first = buffer.as_ptr().align_offset(page).min(buffer.len());
+    let whole_pages = &mut buffer[first..];
+    let len = whole_pages.len() / page * page;
+    let start = whole_pages.as_mut_ptr().cast();
+    // SAFETY: `len` bytes from `start` are whole pages inside `buffer`, which is borrowed exclusively; this advice
+    // changes no content and keeps the pages mapped.
+    let _unheeded = unsafe { rustix::mm::madvise(start, len, rustix::mm::Advice::LinuxHugepage) };
+}
+
 /// A mapped segment.
 pub(super) struct Mapping {
     start: NonNull<u8>,
