@@ -165,7 +165,7 @@ impl Judged {
             self.wrong.push("a delay is no failure".to_owned());
         }
         let must_be_new = self.cell.scenario.contains("save") && is_ok;
-        match checkpoints::committed(&rank::checkpoint(dir)) {
+        match checkpoints::committed(&self.cell.scenario, &rank::checkpoint(dir)) {
             Err(error) => self.wrong.push(format!("the last commit does not load: {error}")),
             Ok(checkpoints::NEW) if !self.cell.scenario.contains("save") => {
                 self.wrong.push("a save that never was is committed".to_owned());
