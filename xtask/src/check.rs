@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::Instant;
 
-use crate::{demo, mpi_test, root, surface, tidy};
+use crate::{demo, mpi_test, root, soak, surface, tidy};
 
 /// Feature sets that must build and lint clean: the default, none, and each alone.
 const FEATURE_SETS: &[&str] = &[
@@ -56,6 +56,7 @@ pub(crate) fn run() -> Result<(), String> {
     cargo("run -q -p sconce-dtensor --example tensor_parallel", &[])?;
     demo::run(&["elastic".to_owned()])?;
     cargo("test -p sconce-mesh --no-default-features --features tracing --lib span", &[])?;
+    soak::run(&["--minutes", "0.2"].map(str::to_owned))?;
     if has_mpi {
         return mpi_test::run();
     }

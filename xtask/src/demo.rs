@@ -2,7 +2,7 @@
 //! that nothing happens to. It starts programs, kills one, and checks what they logged.
 
 mod chart;
-mod log;
+pub(crate) mod log;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -25,7 +25,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
     let Some(("elastic", options)) = arguments.split_first().map(|(name, rest)| (name.as_str(), rest)) else {
         return Err(USAGE.to_owned());
     };
-    let (mut times, mut seed) = (1, SystemTime::UNIX_EPOCH.elapsed().map_or(1, |now| now.as_nanos() as u64));
+    let (mut times, mut seed) = (1, fresh_seed());
     for option in options.chunks(2) {
         let value = option.get(1).and_then(|text| text.parse().ok()).ok_or(USAGE)?;
         match option[0].as_str() {
@@ -45,7 +45,8 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
     Ok(())
 }
 
-fn build() -> Result<(), String> {
+/// Builds the launcher and the trainer.
+pub(crate) fn build() -> Result<(), String> {
     for arguments in [
         "build -q -p sconce-mesh --features launcher --bin sconce-run",
         "build -q -p sconce-fsdp --example train_elastic",
@@ -108,9 +109,8 @@ fn train(
     let out = root().join("runs/demo").join(name);
     let _none = std::fs::remove_dir_all(&out);
     std::fs::create_dir_all(&out).map_err(|e| format!("{}: {e}", out.display()))?;
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    let mut command = Command::new(target.join("debug/sconce-run"));
-    command.args(arguments).arg("--log-dir").arg(&out).arg(target.join("debug/examples/train_elastic"));
+    let mut command = Command::new(built("sconce-run"));
+    command.args(arguments).arg("--log-dir").arg(&out).arg(built("examples/train_elastic"));
     command.arg("--out").arg(&out).env("RAYON_NUM_THREADS", "1");
     command.args(["--steps", &STEPS.to_string(), "--pace", &PACE.to_string()]);
     let launcher_log = std::fs::File::create(out.join("sconce-run.log")).map_err(|e| e.to_string())?;
@@ -123,6 +123,12 @@ fn train(
     let said = || std::fs::read_to_string(out.join("sconce-run.log")).unwrap_or_default();
     ended.map_err(|error| format!("{name}: {error}\n{}", said()))?;
     Log::read(&out.join("log.txt"))
+}
+
+/// Where Cargo puts a program of the profile that [`build`] uses.
+pub(crate) fn built(name: &str) -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    target.join("debug").join(name)
 }
 
 fn await_step(out: &Path, step: u64, launcher: &mut Child) -> Result<(), String> {
@@ -149,8 +155,13 @@ fn await_end(launcher: &mut Child) -> Result<(), String> {
     Err(format!("still running after {LIMIT:?}"))
 }
 
+/// A seed that no other run has; it is printed, so that the run can be made again.
+pub(crate) fn fresh_seed() -> u64 {
+    SystemTime::UNIX_EPOCH.elapsed().map_or(1, |now| now.as_nanos() as u64)
+}
+
 /// SplitMix64's finalizer.
-fn scramble(n: u64) -> u64 {
+pub(crate) fn scramble(n: u64) -> u64 {
     let n = n.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let n = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let n = (n ^ (n >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -10,13 +10,14 @@ mod faults;
 mod fixtures;
 mod interop;
 mod mpi_test;
+mod soak;
 mod surface;
 mod tidy;
 
 use std::process::ExitCode;
 
 const USAGE: &str =
-    "usage: cargo xtask check | tidy | surface | mpi-test | fixtures | interop | bench | demo | faults";
+    "usage: cargo xtask check | tidy | surface | mpi-test | fixtures | interop | bench | demo | faults | soak";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         "fixtures" => fixtures::run(&arguments[1..]),
         "mpi-test" => mpi_test::run(),
         "tidy" => tidy::run(),
+        "soak" => soak::run(&arguments[1..]),
         "surface" => surface::run(),
         _ => Err(USAGE.to_owned()),
     };

@@ -1,10 +1,5 @@
 //! A trainer that any launcher may kill, restart and resize: all that it does for it is one `resume` and one question a
-//! step.
-//!
-//! ```sh
-//! cargo build -p sconce-mesh --features launcher && cargo build -p sconce-fsdp --example train_elastic
-//! target/debug/sconce-run --elastic 2:4 --max-restarts 5 target/debug/examples/train_elastic
-//! ```
+//! step. `sconce-run --elastic 2:4 --max-restarts 5 train_elastic` is how it is started.
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -15,7 +10,9 @@ use candle_nn::{Module as _, linear, loss::mse, seq};
 use clap::Parser;
 use sconce_checkpoint::{Preemption, Retention, Series, SeriesOptions};
 use sconce_dtensor::{StateDict, Value};
-use sconce_fsdp::{Adam, AdamConfig, Fsdp, FsdpBuilder, FsdpConfig, Optimizer as _, StateDictType};
+use sconce_fsdp::{
+    Adam, AdamConfig, Fsdp, FsdpBuilder, FsdpConfig, Optimizer as _, ShardingStrategy, StateDictType,
+};
 use sconce_mesh::{DeviceMesh, DeviceType, GroupOptions, ProcessGroup, ReduceOp};
 
 type AnyResult<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
@@ -33,6 +30,9 @@ struct Args {
     /// Steps in all, over all worlds.
     #[arg(long, default_value_t = 400)]
     steps: u64,
+    /// Replicas of the model among the ranks, which they must divide.
+    #[arg(long, default_value_t = 1)]
+    replicas: usize,
     /// Milliseconds to wait in each step, so that a person, or a killer, can follow.
     #[arg(long, default_value_t = 0)]
     pace: u64,
@@ -44,8 +44,10 @@ fn main() -> AnyResult<()> {
     let world = ProcessGroup::from_env(GroupOptions { timeout: Duration::from_secs(60) })?;
     std::fs::create_dir_all(&args.out)?;
     std::fs::write(args.out.join(format!("pid-{}", world.rank())), std::process::id().to_string())?;
-    let mesh = DeviceMesh::new(&world, DeviceType::Cpu, &[world.size()], &["shard"])?;
-    let builder = FsdpBuilder::new(&mesh, FsdpConfig { seed: 42, ..FsdpConfig::default() })?;
+    let shape = [args.replicas, world.size() / args.replicas];
+    let mesh = DeviceMesh::new(&world, DeviceType::Cpu, &shape, &["replicate", "shard"])?;
+    let strategy = ShardingStrategy::HybridShard;
+    let builder = FsdpBuilder::new(&mesh, FsdpConfig { strategy, seed: 42, ..FsdpConfig::default() })?;
     let (vb, width) = (builder.var_builder(), 64);
     let model =
         seq().add(linear(16, width, vb.pp("up"))?).add_fn(Tensor::tanh).add(linear(width, 1, vb.pp("down"))?);
@@ -92,8 +94,8 @@ fn batch(step: u64, rank: usize, n_ranks: usize) -> candle_core::Result<(Tensor,
     let value = |row: usize, i: usize| ((step * 73 + row as u64 * 17 + i as u64 * 9) as f32 * 1.298).sin();
     let x: Vec<f32> = rows.iter().flat_map(|row| (0..16).map(|i| value(*row, i))).collect();
     let y: Vec<f32> = x.chunks(16).map(|row| (row[0] + row[1] * row[2]).sin() + 0.5 * row[3]).collect();
-    let tensor = |values, width| Tensor::from_vec(values, (rows.len(), width), &Device::Cpu);
-    Ok((tensor(x, 16)?, tensor(y, 1)?))
+    let n = rows.len();
+    Ok((Tensor::from_vec(x, (n, 16), &Device::Cpu)?, Tensor::from_vec(y, (n, 1), &Device::Cpu)?))
 }
 
 fn state(fsdp: &Fsdp, optim: &Adam, kind: StateDictType) -> AnyResult<StateDict<'static>> {

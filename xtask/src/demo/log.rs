@@ -5,22 +5,22 @@ use std::path::Path;
 
 /// One step that was done.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Step {
-    pub(super) step: u64,
-    pub(super) loss: f64,
-    pub(super) world: usize,
+pub(crate) struct Step {
+    pub(crate) step: u64,
+    pub(crate) loss: f64,
+    pub(crate) world: usize,
 }
 
 /// A run, in the order of its lines. Steps after the last commit before a fault are there twice.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Log {
-    pub(super) steps: Vec<Step>,
-    pub(super) saved: BTreeMap<u64, String>,
-    pub(super) resumed: Vec<(u64, String)>,
+pub(crate) struct Log {
+    pub(crate) steps: Vec<Step>,
+    pub(crate) saved: BTreeMap<u64, String>,
+    pub(crate) resumed: Vec<(u64, String)>,
 }
 
 impl Log {
-    pub(super) fn read(path: &Path) -> Result<Log, String> {
+    pub(crate) fn read(path: &Path) -> Result<Log, String> {
         let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
         Ok(Self::parse(&text))
     }
@@ -44,27 +44,27 @@ impl Log {
         log
     }
 
-    pub(super) fn last_step(&self) -> u64 {
+    pub(crate) fn last_step(&self) -> u64 {
         self.steps.last().map_or(0, |step| step.step)
     }
 
-    pub(super) fn first_loss(&self) -> f64 {
+    pub(crate) fn first_loss(&self) -> f64 {
         self.steps.first().map_or(f64::NAN, |step| step.loss)
     }
 
-    pub(super) fn final_loss(&self) -> f64 {
+    pub(crate) fn final_loss(&self) -> f64 {
         self.steps.last().map_or(f64::NAN, |step| step.loss)
     }
 
     /// Sizes of the worlds, one after the other.
-    pub(super) fn worlds(&self) -> Vec<usize> {
+    pub(crate) fn worlds(&self) -> Vec<usize> {
         let mut worlds: Vec<usize> = self.steps.iter().map(|step| step.world).collect();
         worlds.dedup();
         worlds
     }
 
     /// Every step was done, up to `n_steps`, and none was left out after a resume.
-    pub(super) fn check_steps(&self, n_steps: u64) -> Result<(), String> {
+    pub(crate) fn check_steps(&self, n_steps: u64) -> Result<(), String> {
         let mut before = 0;
         for Step { step, loss, .. } in &self.steps {
             if *step > before + 1 || !loss.is_finite() {
@@ -75,8 +75,19 @@ impl Log {
         if before == n_steps { Ok(()) } else { Err(format!("{before} steps, expected {n_steps}")) }
     }
 
+    /// The last step of which the run knew that its checkpoint is committed: it went on after it.
+    pub(crate) fn last_commit(&self) -> u64 {
+        let went_on = |step: &u64| self.steps.iter().any(|done| done.step == step + 1);
+        self.saved.keys().copied().filter(went_on).max().unwrap_or(0)
+    }
+
+    /// The step that was resumed last; 0 if none was.
+    pub(crate) fn last_resumed(&self) -> u64 {
+        self.resumed.last().map_or(0, |(step, _)| *step)
+    }
+
     /// What each world resumed has the bits of what was saved at that step. Returns how often it was.
-    pub(super) fn check_resumes(&self) -> Result<usize, String> {
+    pub(crate) fn check_resumes(&self) -> Result<usize, String> {
         for (step, digest) in &self.resumed {
             let saved = self
                 .saved
@@ -103,6 +114,7 @@ mod tests {
         assert_eq!((log.worlds(), log.last_step(), log.first_loss()), (vec![4, 3], 4, 2.5));
         assert_eq!((log.check_steps(4), log.check_resumes()), (Ok(()), Ok(1)));
         assert!(log.check_steps(5).is_err());
+        assert_eq!((log.last_commit(), log.last_resumed()), (2, 2));
     }
 
     #[test]
