@@ -4,6 +4,7 @@
 mod checkpoint;
 mod collectives;
 mod fsdp;
+mod plan;
 mod redistribute;
 
 use std::process::Command;
@@ -11,7 +12,8 @@ use std::process::Command;
 use crate::root;
 
 const USAGE: &str = "usage: cargo xtask bench checkpoint [--torch PYTHON] | collectives [--torch PYTHON] [--ferrotorch] \
-                     | fsdp [--torch PYTHON] | redistribute [--torch PYTHON] | overlap | store | kernels";
+                     | fsdp [--torch PYTHON] | plan [--torch PYTHON] | redistribute [--torch PYTHON] | overlap | store \
+                     | kernels";
 
 /// Runs the benchmark that `arguments` name.
 pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
@@ -20,6 +22,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
         ("checkpoint", rest) => checkpoint::run(rest),
         ("collectives", rest) => collectives::run(rest),
         ("fsdp", rest) => fsdp::run(rest),
+        ("plan", rest) => plan::run(rest),
         ("redistribute", rest) => redistribute::run(rest),
         ("overlap" | "store", []) => shown(mesh_bench(name)),
         ("kernels", []) => shown(kernels()),

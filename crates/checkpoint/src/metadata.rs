@@ -1,8 +1,11 @@
 //! Metadata: what a checkpoint holds and where. Values only; how they lie in the manifest is `format::manifest`.
 
+use std::path::Path;
+
 use sconce_dtensor::{DType, TensorBox};
 use serde::{Deserialize, Serialize};
 
+use crate::format::manifest;
 use crate::plan::{Layout, TensorLayout, WrittenFile};
 use crate::tree::Node;
 use crate::{Error, Result};
@@ -84,6 +87,22 @@ impl Metadata {
         let tree = serde_json::to_vec(&self.tree);
         hasher.update(&tree.map_err(|e| Error::Tensor { fqn: String::new(), cause: e.to_string() })?);
         Ok(hasher.finalize())
+    }
+
+    /// The manifest of format 1 that says this.
+    ///
+    /// # Errors
+    /// `Tensor` for what a manifest cannot say: a tensor of more than 255 dims, a name of 4 GiB, a file without checksums.
+    pub fn to_manifest(&self) -> Result<Vec<u8>> {
+        manifest::encode(self)
+    }
+
+    /// What a manifest says; `path` is its name in messages.
+    ///
+    /// # Errors
+    /// `NotACheckpoint`, `Version`, `Corrupt`.
+    pub fn from_manifest(path: &Path, bytes: &[u8]) -> Result<Metadata> {
+        manifest::decode(path, bytes)
     }
 
     /// The layout of a save with the place of each chunk: `written` is what each rank reports, by rank.

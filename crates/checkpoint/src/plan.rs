@@ -3,6 +3,7 @@
 use sconce_dtensor::{DType, StateDict, TensorBox};
 use serde::{Deserialize, Serialize};
 
+use crate::coordinate::Message;
 use crate::metadata::FileMetadata;
 use crate::tree::Node;
 use crate::{Error, Result};
@@ -158,5 +159,21 @@ impl SavePlan {
             boxes: tensor.local_boxes().to_vec(),
         });
         Ok(SavePlan { tree: Node::of(state), tensors: held.collect() })
+    }
+
+    /// The plan as it travels to the coordinator, which is of the same version: no format of files.
+    ///
+    /// # Errors
+    /// `ValueMismatch` for what cannot travel.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        self.encode()
+    }
+
+    /// The plan that a rank sent.
+    ///
+    /// # Errors
+    /// `ValueMismatch` for bytes of another kind.
+    pub fn from_bytes(bytes: &[u8]) -> Result<SavePlan> {
+        Self::decode(bytes)
     }
 }
