@@ -54,6 +54,9 @@ pub(crate) fn run() -> Result<(), String> {
     cargo("test -p sconce-mesh --no-default-features --features launcher", &[])?;
     shell(&format!("{main_job} -- --steps 6"))?;
     cargo("run -q -p sconce-dtensor --example tensor_parallel", &[])?;
+    // Trainers that take the checkpoints alone, with and without a tensor library.
+    cargo("run -q -p sconce-checkpoint --example plain_trainer", &[])?;
+    cargo("run -q -p sconce-checkpoint --no-default-features --example raw_bytes", &[])?;
     demo::run(&["elastic".to_owned()])?;
     cargo("test -p sconce-mesh --no-default-features --features tracing --lib span", &[])?;
     soak::run(&["--minutes", "0.2"].map(str::to_owned))?;

@@ -51,3 +51,9 @@ pub use storage::{
 };
 pub use tree::Node;
 pub use verify::{VerifyReport, verify, verify_from};
+
+// What state is made of, so that a trainer needs no other crate of Sconce.
+pub use sconce_dtensor::{
+    DType, Fqn, LocalTensor, StateDict, Stateful, StatefulError, TensorBox, TensorBuf, TensorView,
+    TensorViewMut, Value,
+};
