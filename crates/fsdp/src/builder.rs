@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::Device;
 use candle_nn::VarBuilder;
-use sconce_dtensor::{FlatTensor, LocalTensor};
+use sconce_dtensor::{FlatTensor, LocalTensor, StateDict};
 use sconce_mesh::{DeviceMesh, GroupRank, ProcessGroup};
 
 use crate::cell::UnitSlot;
@@ -18,7 +18,7 @@ use crate::shard::Shard;
 use crate::strategy::Groups;
 use crate::unit::{Unit, UnitParts};
 use crate::wrap::{innermost, is_inside};
-use crate::{Checkpointed, Error, Fsdp, Result, Sharded};
+use crate::{Checkpointed, Error, Fsdp, Result, Sharded, StateDictType};
 
 /// Collects the parameters that a model's constructor asks for.
 ///
@@ -100,6 +100,31 @@ impl FsdpBuilder {
     /// `LayoutMismatch` if ranks built different models, `UnknownUnit` if a prefix matches no parameter, or none of its
     /// own, `NoParameters`; the same on every rank.
     pub fn build(self) -> Result<Fsdp> {
+        self.assemble(true)
+    }
+
+    /// As [`FsdpBuilder::build`], but `fill` gives the values: it is handed the boxes of this rank's shards, zeroed, by
+    /// name, and writes into them in place. Reading them from a checkpoint or from safetensors files reads what this rank
+    /// holds and no more: the model is whole nowhere.
+    ///
+    /// ```text
+    /// builder.build_with(|state| load_with("step-100", state, LoadOptions { group: Some(&world), ..Default::default() }))?;
+    /// ```
+    ///
+    /// Ranks: collective over the mesh, and as `fill` is.
+    ///
+    /// # Errors
+    /// As [`FsdpBuilder::build`]; what `fill` returns.
+    pub fn build_with<E: From<Error>>(
+        self,
+        fill: impl FnOnce(&mut StateDict<'static>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Fsdp, E> {
+        let fsdp = self.assemble(false)?;
+        fill(&mut fsdp.state_dict(StateDictType::FlatShard)?)?;
+        Ok(fsdp)
+    }
+
+    fn assemble(self, initialize: bool) -> Result<Fsdp> {
         let mut declared = lock(&self.declared);
         compare_ranks(&self.groups.mesh, &declared.lines())?;
         if declared.params.is_empty() {
@@ -108,7 +133,8 @@ impl FsdpBuilder {
         let mut prefixes = vec![String::new()];
         prefixes.extend(self.config.units.units(&declared.wrapped, &declared.shapes())?);
         let pass = Pass::new(self.config.mixed_precision, self.config.overlap);
-        let units = (0..prefixes.len()).map(|nth| self.build_unit(&mut declared, &prefixes, nth, &pass));
+        let units =
+            (0..prefixes.len()).map(|nth| self.build_unit(&mut declared, &prefixes, nth, &pass, initialize));
         let units = units.collect::<Result<Vec<_>>>()?;
         pass.set_units(&units);
         for (_, slot) in declared.slots().filter(|(name, _)| !prefixes.iter().any(|unit| unit == name)) {
@@ -128,6 +154,7 @@ impl FsdpBuilder {
         prefixes: &[String],
         nth: usize,
         pass: &Arc<Pass>,
+        initialize: bool,
     ) -> Result<Arc<Unit>> {
         let prefix = &prefixes[nth];
         let slot = declared.slot(prefix).during(|| format!("token of unit {prefix:?}"))?;
@@ -142,7 +169,10 @@ impl FsdpBuilder {
         let unit = Unit::new(UnitParts {
             index: nth,
             name: prefix.clone(),
-            shard: self.initial_shard(&flat, &own),
+            shard: match initialize {
+                true => self.initial_shard(&flat, &own),
+                false => Shard::zeros(flat.shard_numel()),
+            },
             flat,
             slot,
             cells: own.iter().map(|p| p.cell.clone()).collect(),

@@ -202,3 +202,25 @@ fn a_non_strict_load_takes_what_both_have_and_lists_the_rest() {
         assert_eq!((missing, unexpected), (vec!["net2.weight".to_owned()], vec!["net9.weight".to_owned()]));
     }
 }
+
+#[test]
+fn a_model_is_built_from_a_checkpoint_shard_by_shard() {
+    let dir = std::env::temp_dir().join(format!("sconce-build-with-{}", std::process::id()));
+    let expected = ranks(2, |world| {
+        let trainer = Trainer::new(&world, Kind::Uneven, ShardingStrategy::FullShard, 5);
+        let state = trainer.fsdp.state_dict(StateDictType::FlatShard).unwrap();
+        save_with(&dir, &state, SaveOptions { group: Some(&world), ..SaveOptions::default() }).unwrap();
+        full(&trainer.fsdp)
+    });
+    ranks(3, |world| {
+        let builder =
+            FsdpBuilder::new(&mesh(&world, ShardingStrategy::FullShard), FsdpConfig::default()).unwrap();
+        SimpleModelUneven::new(builder.var_builder()).unwrap();
+        let read = |state: &mut StateDict<'static>| -> Result<(), Box<dyn std::error::Error>> {
+            load_with(&dir, state, LoadOptions { group: Some(&world), ..LoadOptions::default() })?;
+            Ok(())
+        };
+        assert_eq!(full(&builder.build_with(read).unwrap()), expected[0]);
+    });
+    std::fs::remove_dir_all(dir).unwrap();
+}
