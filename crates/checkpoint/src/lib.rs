@@ -9,6 +9,9 @@ mod coordinate;
 mod damage;
 mod error;
 mod format;
+#[cfg(all(feature = "torch", any(fuzzing, test)))]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod hf;
 mod load;
 mod metadata;

@@ -15,3 +15,20 @@ mod zip;
 
 pub use dcp::{Reader, Writer};
 pub use pt::PtReader;
+
+/// A pickle as distributed metadata: for fuzzing.
+#[cfg(any(fuzzing, test))]
+pub(crate) fn fuzz_metadata(bytes: &[u8]) {
+    dcp::fuzz_metadata(bytes);
+}
+
+/// An archive with its tensors: for fuzzing.
+#[cfg(any(fuzzing, test))]
+pub(crate) fn fuzz_archive(region: crate::region::Region) {
+    let Ok(saved) = saved::read(region, "") else { return };
+    for (_, tensor) in saved.tensors {
+        if tensor.len_bytes() <= 1 << 20 {
+            let _ = tensor.row_major();
+        }
+    }
+}

@@ -19,3 +19,11 @@ pub use writer::Writer;
 
 /// The index and the mark of the commit.
 const METADATA_NAME: &str = ".metadata";
+
+/// A pickle as metadata: for fuzzing.
+#[cfg(any(fuzzing, test))]
+pub(super) fn fuzz_metadata(bytes: &[u8]) {
+    if let Ok((pickle, _)) = super::pickle::load(bytes) {
+        let _ = metadata::decode(&pickle).and_then(|decoded| reader::fuzz_tree(&decoded));
+    }
+}

@@ -321,3 +321,11 @@ impl Index {
         Ok(())
     }
 }
+
+/// The nesting that metadata asks for: for fuzzing.
+#[cfg(any(fuzzing, test))]
+pub(super) fn fuzz_tree(decoded: &DcpMetadata) -> std::result::Result<(), metadata::Wrong> {
+    let value = |(fqn, _): &(String, Place)| (fqn.clone(), Node::None);
+    let built = tree(decoded, decoded.values.iter().map(value).collect());
+    built.map(drop).map_err(|what| metadata::Wrong { what, refused: true })
+}
