@@ -7,6 +7,8 @@ mod faults;
 mod faulty_group;
 mod faulty_storage;
 mod fixtures;
+#[cfg(doctest)]
+mod guide;
 mod models;
 pub mod oracle;
 mod procs;

@@ -1,0 +1,4 @@
+//! The programs of the guide as doc tests: what `docs/guide` shows compiles and runs.
+
+#[doc = include_str!("../../../docs/guide/first-steps.md")]
+pub mod first_steps {}
