@@ -2,3 +2,6 @@
 
 #[doc = include_str!("../../../docs/guide/first-steps.md")]
 pub mod first_steps {}
+
+#[doc = include_str!("../../../docs/guide/checkpoints.md")]
+pub mod checkpoints {}
