@@ -16,8 +16,7 @@ mod tidy;
 
 use std::process::ExitCode;
 
-const USAGE: &str =
-    "usage: cargo xtask check | tidy | surface | mpi-test | fixtures | interop | bench | demo | faults | soak";
+const USAGE: &str = "usage: cargo xtask check | tidy | surface | mpi-test | fixtures | interop | bench | demo | faults | soak";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

@@ -34,8 +34,10 @@ pub(super) fn run(arguments: &[String]) -> Result<(), String> {
     Ok(())
 }
 
-/// `what` → (seconds, bytes), in order.
-fn figures(mut command: Command) -> Result<Vec<(String, (f64, f64))>, String> {
+/// What was measured, and its (seconds, bytes).
+type Figure = (String, (f64, f64));
+
+fn figures(mut command: Command) -> Result<Vec<Figure>, String> {
     let what = format!("{command:?}");
     let output = command.current_dir(root()).output().map_err(|e| format!("{what}: {e}"))?;
     if !output.status.success() {
@@ -45,7 +47,7 @@ fn figures(mut command: Command) -> Result<Vec<(String, (f64, f64))>, String> {
     Ok(text.lines().filter_map(parse).collect())
 }
 
-fn parse(line: &str) -> Option<(String, (f64, f64))> {
+fn parse(line: &str) -> Option<Figure> {
     let fields: Vec<&str> = line.split('\t').collect();
     let number = |at: usize| fields.get(at)?.parse::<f64>().ok();
     Some(((*fields.first()?).to_owned(), (number(1)?, number(2)?)))
