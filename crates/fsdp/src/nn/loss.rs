@@ -6,7 +6,7 @@ use super::kernel::{Kernel, on_storages, on_tensors};
 use super::real::{Real, largest, sum};
 use super::softmax::softmax_row;
 
-/// The mean over rows of −ln softmax(logits)[target].
+/// The mean over rows of −ln softmax(logits) at the target class.
 ///
 /// Shapes: logits `[n, classes]`, targets `[n]`, u32 → a scalar.
 ///
