@@ -2,6 +2,7 @@
 //! nothing itself. Here: the dispatch, and what several of them share.
 
 mod checkpoint;
+mod cli;
 mod collectives;
 mod fsdp;
 mod plan;
@@ -11,7 +12,7 @@ use std::process::Command;
 
 use crate::root;
 
-const USAGE: &str = "usage: cargo xtask bench checkpoint [--torch PYTHON] | collectives [--torch PYTHON] [--ferrotorch] \
+const USAGE: &str = "usage: cargo xtask bench checkpoint [--torch PYTHON] | cli | collectives [--torch PYTHON] [--ferrotorch] \
                      | fsdp [--torch PYTHON] | plan [--torch PYTHON] | redistribute [--torch PYTHON] | overlap | store \
                      | kernels";
 
@@ -20,6 +21,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
     let Some((name, rest)) = arguments.split_first() else { return Err(USAGE.to_owned()) };
     match (name.as_str(), rest) {
         ("checkpoint", rest) => checkpoint::run(rest),
+        ("cli", rest) => cli::run(rest),
         ("collectives", rest) => collectives::run(rest),
         ("fsdp", rest) => fsdp::run(rest),
         ("plan", rest) => plan::run(rest),

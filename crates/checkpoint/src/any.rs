@@ -35,7 +35,9 @@ impl Format {
         if path.join(MANIFEST_NAME).exists() {
             return Ok(Format::Sconce);
         }
-        if std::fs::symlink_metadata(path.join(".metadata")).is_ok() {
+        // The second is what rank 0 writes where each rank saves alone.
+        if [".metadata", "__0.metadata"].iter().any(|name| std::fs::symlink_metadata(path.join(name)).is_ok())
+        {
             return Ok(Format::TorchDcp);
         }
         let has_safetensors = std::fs::read_dir(path)

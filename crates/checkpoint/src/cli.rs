@@ -15,6 +15,7 @@ mod prune;
 mod verify;
 mod watch;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
@@ -63,11 +64,29 @@ fn run(command: &Command, out: &mut Output) -> Result<Found> {
             Ok(Found::Nothing)
         }
         Command::Man => {
-            let mut text = Vec::new();
-            let rendered = clap_mangen::Man::new(Args::command()).render(&mut text);
-            rendered.map_err(|e| crate::Error::io("render", std::path::Path::new("man page"), &e))?;
-            out.text(&String::from_utf8_lossy(&text));
+            let text = man_page();
+            out.text(&text.map_err(|e| crate::Error::io("render", std::path::Path::new("man page"), &e))?);
             Ok(Found::Nothing)
         }
     }
+}
+
+/// One page with every command and its options, in the order in which they are listed.
+fn man_page() -> std::io::Result<String> {
+    let mut command = Args::command();
+    command.build();
+    let mut text = Vec::new();
+    clap_mangen::Man::new(command.clone()).render(&mut text)?;
+    for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+        let mut part = Vec::new();
+        let page = clap_mangen::Man::new(sub.clone());
+        page.render_synopsis_section(&mut part)?;
+        page.render_description_section(&mut part)?;
+        page.render_options_section(&mut part)?;
+        let part = String::from_utf8_lossy(&part).into_owned();
+        // Sections of the command become parts of one section.
+        writeln!(text, ".SH \"{}\"", sub.get_name().to_uppercase())?;
+        text.extend_from_slice(part.replace("\n.SH ", "\n.SS ").replace("^.SH ", ".SS ").as_bytes());
+    }
+    Ok(String::from_utf8_lossy(&text).into_owned())
 }

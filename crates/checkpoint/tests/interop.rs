@@ -10,6 +10,8 @@
 mod common;
 #[path = "common/plain.rs"]
 mod plain;
+#[path = "common/torch_cases.rs"]
+mod torch_cases;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -25,14 +27,24 @@ use sconce_checkpoint::{
 };
 use sconce_dtensor::{DType, StateDict, TensorBox, TensorBuf, Value, chunk_range, copy_runs};
 
-/// Random states that go through torch; `SCONCE_INTEROP_CASES` makes it more.
+/// Random states that go through torch, and random checkpoints that it writes of each kind; `SCONCE_INTEROP_CASES` makes
+/// it more.
 const CASES: usize = 40;
+
+fn n_cases() -> usize {
+    std::env::var("SCONCE_INTEROP_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(CASES)
+}
 
 #[track_caller]
 fn python(arguments: &[&str]) {
+    script("tests/interop.py", arguments);
+}
+
+#[track_caller]
+fn script(name: &str, arguments: &[&str]) {
     let python = std::env::var("SCONCE_TORCH_PYTHON")
         .unwrap_or_else(|_| panic!("run `cargo xtask interop --torch PYTHON`"));
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop.py");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
     let output = Command::new(python).arg(script).args(arguments).output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{arguments:?}: {errors}");
@@ -185,7 +197,7 @@ fn safetensors_and_torchs_reader_load_consolidated_directories() {
 #[ignore = "needs PyTorch: cargo xtask interop --torch PYTHON"]
 fn random_states_go_through_torch_unchanged() {
     let dir = tempfile::tempdir().unwrap();
-    let count = std::env::var("SCONCE_INTEROP_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(CASES);
+    let count = n_cases();
     let mut runner =
         TestRunner::new_with_rng(Config::default(), TestRng::deterministic_rng(RngAlgorithm::ChaCha));
     let mut states = Vec::new();
@@ -208,4 +220,29 @@ fn random_states_go_through_torch_unchanged() {
         // Torch's plans put values before tensors, so that the order of keys is not kept.
         assert_eq!(sorted_text(&back), sorted_text(made), "case {nth}");
     }
+}
+
+#[test]
+#[ignore = "needs PyTorch: cargo xtask interop --torch PYTHON"]
+fn whatever_torch_writes_loads_bit_for_bit_or_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let seed = std::env::var("SCONCE_INTEROP_SEED").unwrap_or_else(|_| "1".to_owned());
+    let out = dir.path().to_str().unwrap();
+    script("tests/interop_cases.py", &[out, &n_cases().to_string(), &seed]);
+    let mut cases: Vec<PathBuf> =
+        std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
+    cases.sort();
+    for case in &cases {
+        let checkpoint = torch_cases::checkpoint_of(case);
+        match std::fs::read_to_string(case.join("refused.txt")) {
+            Err(_) => torch_cases::check(&checkpoint, &torch_cases::expected(case)),
+            Ok(words) => {
+                let loaded = load_new_from(open(&checkpoint).unwrap().as_ref(), LoadOptions::default());
+                let told = loaded.map(|state| text(&state)).unwrap_err().to_string();
+                assert!(words.lines().all(|word| told.contains(word)), "{}: {told}", case.display());
+            }
+        }
+    }
+    println!("{} checkpoints of torch", cases.len());
+    assert!(cases.len() > 5 * n_cases());
 }

@@ -142,7 +142,10 @@ fn inspect_cat_and_plot_show_what_is_there() {
     let first: serde_json::Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
     assert_eq!(first["tensors"], 4);
     let told = ok(dir.path(), &["cat", "b", "model.net.bias"]);
-    assert!(told.contains("min 0  max 4  mean 2.0") && told.contains("3.000000"), "{told}");
+    assert!(
+        told.contains("min 0  max 4  mean 2  std 1.414214") && told.contains(" 3            4\n"),
+        "{told}"
+    );
     assert!(ok(dir.path(), &["cat", "b", "betas.1"]).contains("0.999"));
     ends(dir.path(), &["cat", "b", "nothing"], 3);
     ok(dir.path(), &["plot", "b", "-o", "page.html"]);

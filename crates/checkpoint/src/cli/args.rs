@@ -156,9 +156,9 @@ pub(super) struct Plot {
 pub(super) struct Prune {
     /// A directory of checkpoints whose names end in numbers.
     pub(super) path: PathBuf,
-    /// Keep that many of the latest.
-    #[arg(long)]
-    pub(super) keep_last: usize,
+    /// Keep that many of the latest; at least one.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) keep_last: u32,
     /// Keep also those whose number is a multiple of this.
     #[arg(long)]
     pub(super) keep_every: Option<u64>,

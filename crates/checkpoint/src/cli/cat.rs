@@ -7,7 +7,7 @@ use super::Found;
 use super::args::Cat;
 use super::elements::numbers;
 use super::inspect::{node_json, text};
-use super::output::{Output, shape};
+use super::output::{Output, number, shape};
 use super::pieces::Source;
 use crate::metadata::TensorStorageMetadata;
 use crate::{Error, Result};
@@ -96,15 +96,17 @@ fn tensor_values(
         "histogram": histogram, "start": args.start, "values": shown.iter().map(finite).collect::<Vec<_>>(),
     }));
     out.line(format!("{}: {} {}, {at} elements", tensor.fqn, tensor.dtype, shape(&tensor.shape)));
-    let (min, max, mean, std) = (stats.min, stats.max, stats.mean, stats.deviation());
-    out.line(format!(
-        "min {min}  max {max}  mean {mean:.6}  std {std:.6}  nan {}  inf {}",
-        stats.n_nan, stats.n_infinite
-    ));
+    let [min, max, mean, std] = [stats.min, stats.max, stats.mean, stats.deviation()].map(number);
+    if stats.count > 0 {
+        out.line(format!("min {min}  max {max}  mean {mean}  std {std}"));
+    }
+    if stats.n_nan + stats.n_infinite > 0 {
+        out.line(format!("nan {}  infinite {}", stats.n_nan, stats.n_infinite));
+    }
     bars(&histogram, &stats, out);
     let width = tensor.shape.last().copied().unwrap_or(1).clamp(1, 8);
     for (row, values) in shown.chunks(width).enumerate() {
-        let values: Vec<String> = values.iter().map(|value| format!("{value:>12.6}")).collect();
+        let values: Vec<String> = values.iter().map(|value| format!("{:>12}", number(*value))).collect();
         out.line(format!("{:>10}  {}", args.start + row * width, values.join(" ")));
     }
     Ok(Found::Nothing)
@@ -132,6 +134,7 @@ fn bars(histogram: &[usize], stats: &Stats, out: &mut Output) {
     let width = (stats.max - stats.min) / BINS as f64;
     for (nth, count) in histogram.iter().enumerate() {
         let bar = "█".repeat((count * BAR_WIDTH).div_ceil(most));
-        out.line(format!("{:>12.5}  {bar:<BAR_WIDTH$}  {count}", stats.min + nth as f64 * width));
+        let from = number(stats.min + nth as f64 * width);
+        out.line(format!("{from:>12}  {bar:<BAR_WIDTH$}  {count}"));
     }
 }

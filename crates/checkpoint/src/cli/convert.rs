@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::Found;
 use super::args::{Convert, Reshard, To};
-use super::output::{Output, rate};
+use super::output::{Output, count, rate};
 use super::pieces::{Lazy, Source};
 use crate::metadata::TensorStorageMetadata;
 use crate::plan::{GlobalPlan, SavePlan};
@@ -73,7 +73,7 @@ fn write(
     let SaveReport { data_bytes, n_files } = outcome.inspect_err(|_| writer.discard())?;
     let took = started.elapsed();
     out.object(&json!({ "path": to, "bytes": data_bytes, "files": n_files, "seconds": took.as_secs_f64() }));
-    out.line(format!("{}: {n_files} files, {}", to.display(), rate(data_bytes, took)));
+    out.line(format!("{}: {}, {}", to.display(), count(n_files, "file"), rate(data_bytes, took)));
     Ok(Found::Nothing)
 }
 

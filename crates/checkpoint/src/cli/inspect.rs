@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::Found;
 use super::args::{Inspect, matches};
-use super::output::{Output, shape, size};
+use super::output::{Output, count, shape, size};
 use super::pieces::Source;
 use crate::metadata::{Metadata, TensorStorageMetadata};
 use crate::tree::{Node, child};
@@ -55,15 +55,13 @@ fn summary(args: &Inspect, format: Format, metadata: &Metadata, out: &mut Output
         "path": args.path, "format": format.name(), "tensors": metadata.tensors.len(), "chunks": n_chunks,
         "bytes": metadata.tensor_bytes(), "files": names.len(), "checksums": has_checksums,
     }));
-    let version = if format == Format::Sconce { format!(" {}", crate::MAJOR_VERSION) } else { String::new() };
+    let version =
+        if format == Format::Sconce { format!(", format {}", crate::MAJOR_VERSION) } else { String::new() };
     out.line(format!("{}: {}{version}", args.path.display(), format.name()));
     let checksums = if has_checksums { "a checksum of every MiB" } else { "no block checksums" };
-    out.line(format!(
-        "{} tensors in {n_chunks} chunks, {} in {} files, {checksums}",
-        metadata.tensors.len(),
-        size(metadata.tensor_bytes()),
-        names.len(),
-    ));
+    let (tensors, chunks) = (count(metadata.tensors.len(), "tensor"), count(n_chunks, "chunk"));
+    let (bytes, files) = (size(metadata.tensor_bytes()), count(names.len(), "file"));
+    out.line(format!("{tensors} in {chunks}, {bytes} in {files}, {checksums}"));
 }
 
 fn bytes_of(tensor: &TensorStorageMetadata) -> u64 {

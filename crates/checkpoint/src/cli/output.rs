@@ -2,7 +2,7 @@
 
 use std::io::{IsTerminal as _, Write as _};
 
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::Error;
@@ -47,7 +47,9 @@ impl Output {
             return;
         }
         let mut table = Table::new();
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
+        // One line a row, however wide: what is piped into `grep` stays whole.
+        let style = TableStyle::new().header_separator(LineStyle::none().fill('─').junction('─'));
+        table.load_style(style).set_content_arrangement(ContentArrangement::Disabled);
         table.set_header(header);
         table.add_rows(rows);
         for nth in numbers..header.len() {
@@ -89,7 +91,32 @@ pub(super) fn rate(bytes: u64, took: std::time::Duration) -> String {
     format!("{} in {seconds:.2} s, {:.2} GiB/s", size(bytes), bytes as f64 / seconds / f64::from(1 << 30))
 }
 
+/// `1 file`, `2 files`.
+pub(super) fn count(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
+/// A number as short as it can be read: whole ones as such, tiny and huge ones with an exponent.
+pub(super) fn number(value: f64) -> String {
+    let size = value.abs();
+    if value == value.trunc() && size < 1e15 {
+        return format!("{value}");
+    }
+    if (1e-4..1e7).contains(&size) { format!("{value:.6}") } else { format!("{value:.5e}") }
+}
+
 /// `[3, 5]`, or `scalar`.
 pub(super) fn shape(shape: &[usize]) -> String {
     if shape.is_empty() { "scalar".to_owned() } else { format!("{shape:?}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_keep_what_matters_of_them() {
+        let shown = [0.0, -3.0, 0.1, 1.5e-9, 1e20, f64::NAN, f64::NEG_INFINITY].map(number);
+        assert_eq!(shown, ["0", "-3", "0.100000", "1.50000e-9", "1.00000e20", "NaN", "-inf"]);
+    }
 }

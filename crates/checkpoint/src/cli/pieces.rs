@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::sync::mpsc::{channel, sync_channel};
 
-use sconce_dtensor::{DType, LocalTensor, StateDict, TensorBox, TensorBuf, run_boxes};
+use sconce_dtensor::{DType, LocalTensor, StateDict, TensorBox, run_boxes};
 
 use crate::metadata::{ChunkStorageMetadata, FileMetadata, Metadata, TensorStorageMetadata};
 use crate::plan::{LoadPlan, LoadReport, ReadItem};
@@ -49,24 +50,105 @@ impl Source {
         elements: Range<usize>,
         take: &mut dyn FnMut(&[u8]),
     ) -> Result<()> {
-        let size = saved.dtype.size_bytes();
-        let step = PIECE_BYTES / size;
-        let one = One::new(self, saved);
-        for start in elements.clone().step_by(step) {
-            let len = step.min(elements.end - start);
-            let mut boxes = run_boxes(&bounds.sizes, start, len);
-            for part in &mut boxes {
-                part.offsets.iter_mut().zip(&bounds.offsets).for_each(|(at, offset)| *at += offset);
-            }
-            let buf = TensorBuf::from_boxes(saved.dtype, &saved.shape, boxes, vec![0; len * size]);
-            let buf = buf.map_err(|e| Error::tensor(&saved.fqn, &e))?;
-            let mut state = StateDict::new();
-            state.insert_tensor("piece", buf);
-            load_by(&one, &mut Piece, &mut state, LoadOptions { strict: false, ..LoadOptions::default() })?;
-            let Some(buf) = state.tensor::<TensorBuf>("piece") else { unreachable!("it was just put there") };
-            take(buf.bytes());
+        let step = PIECE_BYTES / saved.dtype.size_bytes();
+        let pieces = Pieces { one: One::new(self, saved), saved, bounds };
+        let starts = elements.clone().step_by(step).map(|at| (at, step.min(elements.end - at)));
+        if elements.len() <= step {
+            let mut bytes = Vec::new();
+            return starts.into_iter().try_for_each(|(start, len)| {
+                pieces.read(start, len, &mut bytes)?;
+                take(&bytes);
+                Ok(())
+            });
         }
+        // The next piece is read and checked while the one before it is used.
+        std::thread::scope(|scope| {
+            let (full, pieces_read) = sync_channel::<Result<Vec<u8>>>(1);
+            let (empty, used) = channel::<Vec<u8>>();
+            scope.spawn(move || {
+                for (start, len) in starts {
+                    let mut bytes = used.try_recv().unwrap_or_default();
+                    let outcome = pieces.read(start, len, &mut bytes).map(|()| bytes);
+                    let failed = outcome.is_err();
+                    if full.send(outcome).is_err() || failed {
+                        return;
+                    }
+                }
+            });
+            for bytes in pieces_read {
+                let bytes = bytes?;
+                take(&bytes);
+                // Only a reader that is done takes none.
+                let _ = empty.send(bytes);
+            }
+            Ok(())
+        })
+    }
+}
+
+/// A box of a tensor, of which pieces are read.
+struct Pieces<'s> {
+    one: One<'s>,
+    saved: &'s TensorStorageMetadata,
+    bounds: &'s TensorBox,
+}
+
+impl Pieces<'_> {
+    /// `len` elements of the box from `start` on, into `bytes`.
+    fn read(&self, start: usize, len: usize, bytes: &mut Vec<u8>) -> Result<()> {
+        let mut boxes = run_boxes(&self.bounds.sizes, start, len);
+        for part in &mut boxes {
+            part.offsets.iter_mut().zip(&self.bounds.offsets).for_each(|(at, offset)| *at += offset);
+        }
+        bytes.resize(len * self.saved.dtype.size_bytes(), 0);
+        let mut state = StateDict::new();
+        state.insert_tensor("piece", Buffer { saved: self.saved, boxes, bytes });
+        load_by(&self.one, &mut Piece, &mut state, LoadOptions { strict: false, ..LoadOptions::default() })?;
         Ok(())
+    }
+}
+
+/// Memory for some boxes of a tensor, used again and again.
+struct Buffer<'b> {
+    saved: &'b TensorStorageMetadata,
+    boxes: Vec<TensorBox>,
+    bytes: &'b mut Vec<u8>,
+}
+
+impl Buffer<'_> {
+    fn range(&self, index: usize) -> Range<usize> {
+        let size = self.saved.dtype.size_bytes();
+        let start = self.boxes[..index].iter().map(TensorBox::numel).sum::<usize>() * size;
+        start..start + self.boxes[index].numel() * size
+    }
+}
+
+impl LocalTensor for Buffer<'_> {
+    fn dtype(&self) -> DType {
+        self.saved.dtype
+    }
+
+    fn global_shape(&self) -> &[usize] {
+        &self.saved.shape
+    }
+
+    fn local_boxes(&self) -> &[TensorBox] {
+        &self.boxes
+    }
+
+    fn read_box(&self, index: usize, read: &mut dyn FnMut(&[u8])) -> sconce_dtensor::Result<()> {
+        read(&self.bytes[self.range(index)]);
+        Ok(())
+    }
+
+    fn write_box(&mut self, index: usize, write: &mut dyn FnMut(&mut [u8])) -> sconce_dtensor::Result<()> {
+        let range = self.range(index);
+        write(&mut self.bytes[range]);
+        Ok(())
+    }
+
+    fn deep_copy(&self) -> sconce_dtensor::Result<Box<dyn LocalTensor>> {
+        Err(sconce_dtensor::Error::ReadOnly { what: format!("a piece of {}", self.saved.fqn) })
     }
 }
 

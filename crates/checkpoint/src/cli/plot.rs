@@ -15,8 +15,11 @@ use crate::{Error, Format, Result};
 
 /// Tensors that are drawn: the largest.
 const MAX_TENSORS: usize = 200;
-/// Boxes that are drawn of one tensor.
-const MAX_BOXES: usize = 1024;
+/// Boxes that are drawn of one tensor, and of all together: a page of many megabytes opens slowly.
+const MAX_BOXES: usize = 512;
+const MAX_ALL_BOXES: usize = 16_000;
+/// Files that are named.
+const MAX_FILES: usize = 64;
 const MODULES: usize = 24;
 
 const STYLE: &str = "\
@@ -46,14 +49,14 @@ fn page(path: &str, format: Format, metadata: &Metadata) -> String {
     let files = Files::of(metadata);
     let mut tensors: Vec<&TensorStorageMetadata> = metadata.tensors.iter().collect();
     tensors.sort_by_key(|tensor| std::cmp::Reverse(bytes_of(tensor)));
-    let shown = tensors.len().min(MAX_TENSORS);
+    let shown = drawn(&tensors);
     let mut html = String::from("<!doctype html><html lang=en><meta charset=utf-8>");
     let _ = write!(
         html,
         "<meta name=viewport content='width=device-width,initial-scale=1'><title>{path}</title><style>{STYLE}</style>\
          <h1>{path}</h1><p>{format}: {count} tensors, {bytes}, {n} files</p><h2>Files</h2><div class=files>{legend}</div>\
          <h2>Size by module</h2>{modules}<h2>Which file holds which box</h2>\
-         <p>The {shown} largest tensors. Rows go down, columns to the right; further dims are left out. Point at a box for its place.</p>\
+         <p>{which}. Rows go down, columns to the right; further dims are left out. Point at a box for its place.</p>\
          <div class=tensors>",
         path = escape(path),
         format = format.name(),
@@ -62,10 +65,44 @@ fn page(path: &str, format: Format, metadata: &Metadata) -> String {
         n = files.names.len(),
         legend = files.legend(),
         modules = modules(&tensors),
+        which = if shown < tensors.len() {
+            format!("The {shown} largest of {} tensors", tensors.len())
+        } else {
+            "All tensors, the largest first".to_owned()
+        },
     );
     tensors.iter().take(shown).for_each(|tensor| figure(&mut html, metadata, &files, tensor));
     html.push_str("</div></html>\n");
     html
+}
+
+/// How many of the tensors, which are sorted by size, are drawn.
+fn drawn(tensors: &[&TensorStorageMetadata]) -> usize {
+    let mut boxes = 0;
+    let fits = |tensor: &&&TensorStorageMetadata| {
+        boxes += tensor.chunks.len().min(MAX_BOXES);
+        boxes <= MAX_ALL_BOXES
+    };
+    tensors.iter().take(MAX_TENSORS).take_while(fits).count()
+}
+
+/// The rank that wrote a file, as its name says, by ours and torch's ways of naming.
+fn rank_of(file: &str) -> Option<usize> {
+    let number = |text: &str| text.parse::<usize>().ok();
+    // Torch's items are files of their own, named after the file that they lie in.
+    let file = file.split(['@', '#']).next().unwrap_or(file);
+    if let Some(rest) = file.strip_prefix("shard-") {
+        return number(rest.split('-').next()?)?.checked_sub(1);
+    }
+    number(file.strip_prefix("__")?.strip_suffix(".distcp")?.split('_').next()?)
+}
+
+/// The file, and the rank if it is known.
+fn file_text(file: &str) -> String {
+    match rank_of(file) {
+        Some(rank) => format!("rank {rank} · {file}"),
+        None => file.to_owned(),
+    }
 }
 
 /// The files by the names that they have on disk, each with a colour.
@@ -100,9 +137,15 @@ impl Files {
     fn legend(&self) -> String {
         let entry = |(nth, (name, bytes)): (usize, (&String, &u64))| {
             let colour = Self::colour(nth);
-            format!("<span><i style='background:{colour}'></i>{} · {}</span>", escape(name), size(*bytes))
+            let text = escape(&file_text(name));
+            format!("<span><i style='background:{colour}'></i>{text} · {}</span>", size(*bytes))
         };
-        self.names.iter().zip(&self.bytes).enumerate().map(entry).collect()
+        let more = match self.names.len().saturating_sub(MAX_FILES) {
+            0 => String::new(),
+            more => format!("<span>and {more} more</span>"),
+        };
+        let named = self.names.iter().zip(&self.bytes).enumerate().take(MAX_FILES);
+        named.map(entry).chain([more]).collect()
     }
 }
 
@@ -141,11 +184,16 @@ fn figure(html: &mut String, metadata: &Metadata, files: &Files, tensor: &Tensor
     let (height, width) = (extent(down), extent(right));
     let _ = write!(
         html,
-        "<figure><figcaption>{}<span>{} {}, {}</span></figcaption><svg viewBox='0 0 {width} {height}' preserveAspectRatio=none>",
-        escape(&tensor.fqn),
+        "<figure><figcaption>{}<span>{} {}, {}{}</span></figcaption><svg viewBox='0 0 {width} {height}' preserveAspectRatio=none>",
+        // Long names break after their dots.
+        escape(&tensor.fqn).replace('.', ".<wbr>"),
         tensor.dtype,
         shape(&tensor.shape),
         size(bytes_of(tensor)),
+        match tensor.chunks.len() {
+            count if count > MAX_BOXES => format!(", {MAX_BOXES} of {count} boxes"),
+            _ => String::new(),
+        },
     );
     for chunk in tensor.chunks.iter().take(MAX_BOXES) {
         let span = |dim: Option<usize>| {
@@ -153,7 +201,7 @@ fn figure(html: &mut String, metadata: &Metadata, files: &Files, tensor: &Tensor
         };
         let ((y, h), (x, w)) = (span(down), span(right));
         let colour = Files::colour(files.of[chunk.file]);
-        let place = format!("{} in {}", chunk.bounds, metadata.files[chunk.file].name);
+        let place = format!("{} in {}", chunk.bounds, file_text(&metadata.files[chunk.file].name));
         let _ = write!(
             html,
             "<rect x='{x}' y='{y}' width='{w}' height='{h}' fill='{colour}'><title>{}</title></rect>",
@@ -187,5 +235,12 @@ mod tests {
     #[test]
     fn names_never_become_markup() {
         assert_eq!(escape("<script>'\"&"), "&lt;script&gt;&#39;&quot;&amp;");
+    }
+
+    #[test]
+    fn ranks_are_read_from_the_names_of_files() {
+        assert_eq!(rank_of("shard-00003-model-00001-of-00001.safetensors"), Some(2));
+        assert_eq!(rank_of("__12_0.distcp@64#7"), Some(12));
+        assert_eq!(rank_of("model-00001-of-00002.safetensors"), None);
     }
 }

@@ -12,7 +12,7 @@ use crate::{Error, Format, Result};
 
 pub(super) fn run(args: &Prune, out: &mut Output) -> Result<Found> {
     let found = checkpoints(&args.path)?;
-    let first_kept = found.len().saturating_sub(args.keep_last);
+    let first_kept = found.len().saturating_sub(args.keep_last as usize);
     for (nth, (step, path)) in found.iter().enumerate() {
         let is_multiple = args.keep_every.is_some_and(|every| every > 0 && step % every == 0);
         let is_kept = nth >= first_kept || is_multiple;

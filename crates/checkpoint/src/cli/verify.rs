@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::Found;
 use super::args::Verify;
-use super::output::{Output, rate};
+use super::output::{Output, count, rate};
 use super::pieces::Source;
 use crate::{Damage, DamageReport, Result};
 
@@ -24,33 +24,36 @@ pub(super) fn run(args: &Verify, out: &mut Output) -> Result<Found> {
         "seconds": took.as_secs_f64(), "damages": report.damages.len(),
     }));
     if report.checked_bytes > 0 {
-        out.line(format!("{} files, {}", report.n_files, rate(report.checked_bytes, took)));
+        out.line(format!("{}, {}", count(report.n_files, "file"), rate(report.checked_bytes, took)));
     } else {
-        out.line(format!("{} files have no checksums: their headers are sound", report.n_files));
+        let files = count(report.n_files, "file");
+        out.line(format!("{files} without checksums: only headers and lengths were checked"));
     }
     Ok(if report.damages.is_empty() { Found::Nothing } else { Found::Something })
 }
 
-/// The damages, one a line.
+/// The damages by file, each with its place and the tensors that it concerns.
 pub(super) fn show(path: &str, report: &DamageReport, out: &mut Output) {
-    let rows = report.damages.iter().map(|damage| {
-        let Damage { file, offset_bytes, what, fqns } = damage;
-        out.object(&json!({ "file": file, "offset_bytes": offset_bytes, "what": what, "fqns": fqns }));
-        vec![file.clone(), what.clone(), short(fqns), offset_bytes.to_string()]
-    });
-    let rows: Vec<_> = rows.collect();
-    let count = rows.len();
-    out.table(&["file", "damage", "tensors", "at byte"], 3, rows);
-    match count {
+    let mut last = None;
+    for Damage { file, offset_bytes, what, fqns } in &report.damages {
+        out.object(
+            &json!({ "path": path, "file": file, "offset_bytes": offset_bytes, "what": what, "fqns": fqns }),
+        );
+        if last.replace(file) != Some(file) {
+            out.line(file);
+        }
+        out.line(format!("  byte {offset_bytes}: {what}"));
+        out.line(format!("    in {}", short(fqns)));
+    }
+    match report.damages.len() {
         0 => out.line(format!("{path}: whole")),
-        1 => out.line(format!("{path}: DAMAGED in 1 place")),
-        count => out.line(format!("{path}: DAMAGED in {count} places")),
+        n => out.line(format!("{path}: DAMAGED in {}", count(n, "place"))),
     }
 }
 
 fn short(fqns: &[String]) -> String {
     match fqns {
-        [] => "none".to_owned(),
+        [] => "no tensor".to_owned(),
         [a, b, c, rest @ ..] if !rest.is_empty() => format!("{a}, {b}, {c} and {} more", rest.len()),
         few => few.join(", "),
     }

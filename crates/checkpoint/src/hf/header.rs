@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use indexmap::IndexMap;
 use sconce_dtensor::DType;
 use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::region::Region;
 use crate::{Error, Result};
@@ -32,12 +33,39 @@ pub(crate) struct Entry {
     pub(crate) data: Region,
 }
 
-#[derive(Deserialize)]
+#[derive(Default)]
 struct Head {
-    #[serde(rename = "__metadata__", default)]
     metadata: HashMap<String, String>,
-    #[serde(flatten)]
     tensors: IndexMap<String, Info>,
+}
+
+/// Entry by entry: what serde's `flatten` sets aside takes many times the text.
+impl<'de> Deserialize<'de> for Head {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
+        struct Entries;
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Head;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a map of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Head, A::Error> {
+                let mut head = Head::default();
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == "__metadata__" {
+                        head.metadata = map.next_value()?;
+                    } else if head.tensors.contains_key(&name) {
+                        return Err(A::Error::custom(format!("two tensors of the name {name:.200}")));
+                    } else {
+                        head.tensors.insert(name, map.next_value()?);
+                    }
+                }
+                Ok(head)
+            }
+        }
+        from.deserialize_map(Entries)
+    }
 }
 
 #[derive(Deserialize)]

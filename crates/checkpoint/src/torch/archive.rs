@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use rawzip::{Crc32Option, Header, ZipArchiveWriter, ZipDataWriter, extra_fields::ExtraFieldId};
+use rawzip::{DataDescriptorOutput, Header, ZipArchiveWriter, extra_fields::ExtraFieldId};
 use sconce_dtensor::{LocalTensor, TensorBox};
 
 use super::dtypes::TorchDType;
@@ -58,35 +58,25 @@ impl ArchiveFile {
         tensor: &dyn LocalTensor,
         index: usize,
     ) -> Result<(u64, u64)> {
-        let bounds = &tensor.local_boxes()[index];
-        let pickle = tensor_pickle(tensor, bounds);
-        let lent = |error: &sconce_dtensor::Error| Error::tensor(fqn, error);
-        let mut crc = crc32fast::Hasher::new();
-        let mut len = 0;
-        let all = 0..sconce_dtensor::box_len_bytes(tensor, index);
-        tensor
-            .read_box_range(index, all.clone(), &mut |bytes| {
-                crc.update(bytes);
-                len += bytes.len() as u64;
-            })
-            .map_err(|e| lent(&e))?;
-        let storage = Storage { crc: crc.finalize(), len };
-        self.add(&pickle, Some(storage), |out| {
+        let pickle = tensor_pickle(tensor, &tensor.local_boxes()[index]);
+        let len = sconce_dtensor::box_len_bytes(tensor, index);
+        self.add(&pickle, Some(len as u64), |out| {
             let mut outcome = Ok(());
-            let read = tensor.read_box_range(index, all, &mut |bytes| {
+            let read = tensor.read_box_range(index, 0..len, &mut |bytes| {
                 if outcome.is_ok() {
                     outcome = out(bytes);
                 }
             });
-            read.map_err(|e| std::io::Error::other(e.to_string()))?;
-            outcome
+            // What the tensor itself could not read is told as it is.
+            read.map_err(|error| Fault::Tensor(Error::tensor(fqn, &error)))?;
+            outcome.map_err(Fault::Io)
         })
     }
 
     /// Appends an empty tensor.
     pub(super) fn add_empty(&mut self, dtype: sconce_dtensor::DType, shape: &[usize]) -> Result<(u64, u64)> {
         let pickle = pickle_of(dtype, shape);
-        self.add(&pickle, Some(Storage { crc: 0, len: 0 }), |_| Ok(()))
+        self.add(&pickle, Some(0), |_| Ok(()))
     }
 
     /// Appends a value.
@@ -109,55 +99,68 @@ impl ArchiveFile {
     fn add(
         &mut self,
         pickle: &[u8],
-        storage: Option<Storage>,
-        write: impl FnOnce(&mut dyn FnMut(&[u8]) -> std::io::Result<()>) -> std::io::Result<()>,
+        storage: Option<u64>,
+        write: impl FnOnce(&mut Take<'_>) -> Outcome,
     ) -> Result<(u64, u64)> {
         let start = self.len_bytes;
         let mut counted = Counted { file: &mut self.file, count: 0 };
         let written = archive(&mut counted, pickle, storage, write);
         let len = counted.count;
-        written.map_err(|e| Error::io("write", &self.path, &e))?;
+        written.map_err(|fault| match fault {
+            Fault::Tensor(error) => error,
+            Fault::Io(e) => Error::io("write", &self.path, &e),
+        })?;
         self.len_bytes += len;
         Ok((start, len))
     }
 }
 
-/// A storage whose bytes come later.
-struct Storage {
-    crc: u32,
-    len: u64,
+/// Takes the next bytes of a storage.
+type Take<'w> = dyn FnMut(&[u8]) -> std::io::Result<()> + 'w;
+type Outcome = std::result::Result<(), Fault>;
+
+/// Why a storage was not written.
+enum Fault {
+    Tensor(Error),
+    Io(std::io::Error),
+}
+
+impl From<std::io::Error> for Fault {
+    fn from(error: std::io::Error) -> Self {
+        Fault::Io(error)
+    }
 }
 
 type Zip<'z, 'f> = ZipArchiveWriter<&'z mut Counted<'f>>;
 
+/// One archive with a storage of `storage` bytes, if any, which `write` gives; its checksum comes after it.
 fn archive(
     out: &mut Counted<'_>,
     pickle: &[u8],
-    storage: Option<Storage>,
-    write: impl FnOnce(&mut dyn FnMut(&[u8]) -> std::io::Result<()>) -> std::io::Result<()>,
-) -> std::io::Result<()> {
+    storage: Option<u64>,
+    write: impl FnOnce(&mut Take<'_>) -> Outcome,
+) -> Outcome {
     let mut zip = ZipArchiveWriter::new(out);
     small(&mut zip, "archive/data.pkl", pickle)?;
     small(&mut zip, "archive/byteorder", b"little")?;
-    if let Some(Storage { crc, len }) = storage {
+    if let Some(len) = storage {
         let name = "archive/data/0";
         let header = zip.stream_offset() + LOCAL_HEADER_BYTES + name.len() as u64 + 4;
         let padding = vec![b'Z'; (header.next_multiple_of(ALIGN_BYTES) - header) as usize];
         let field = ExtraFieldId::new(PADDING_FIELD);
         let file =
             zip.new_file(name).extra_field(field, &padding, Header::LOCAL).map_err(std::io::Error::other)?;
-        let (mut entry, config) =
-            file.crc32(Crc32Option::Custom(crc)).start().map_err(std::io::Error::other)?;
-        let mut data: ZipDataWriter<_> = config.wrap(&mut entry);
-        let mut count = 0;
+        let (mut entry, _) = file.start().map_err(std::io::Error::other)?;
+        let (mut crc, mut count) = (crc32fast::Hasher::new(), 0);
         write(&mut |bytes| {
             count += bytes.len() as u64;
-            data.write_all(bytes)
+            crc.update(bytes);
+            entry.write_all(bytes)
         })?;
         if count != len {
-            return Err(std::io::Error::other("a tensor that changed while it was saved"));
+            return Err(std::io::Error::other("a tensor that changed while it was saved").into());
         }
-        let (_, descriptor) = data.finish().map_err(std::io::Error::other)?;
+        let descriptor = DataDescriptorOutput::new(crc.finalize(), len);
         entry.finish(descriptor).map_err(std::io::Error::other)?;
     }
     small(&mut zip, "archive/version", b"3\n")?;

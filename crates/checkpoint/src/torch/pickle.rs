@@ -13,6 +13,10 @@ pub(super) use classes::Class;
 pub(super) use machine::load;
 pub(super) use write::Writer;
 
+/// Torch's classes have fewer attributes, and its tensors fewer dims.
+const MAX_FIELDS: usize = 64;
+const MAX_DIMS: usize = 64;
+
 /// A pickle that was read: its values, borrowing text and bytes from the input.
 #[derive(Debug)]
 pub(super) struct Pickle<'p> {
@@ -149,13 +153,20 @@ impl<'p> Pickle<'p> {
     /// An attribute of an instance of `class`, as its state dict has it.
     pub(super) fn field(&self, instance: Item, class: Class, name: &str) -> Option<Item> {
         let (_, state) = self.made(instance, class)?;
-        let entries = self.dict(state)?;
+        // Many instances may share one state: a long one would be walked again and again.
+        let entries = self.dict(state).filter(|entries| entries.len() <= MAX_FIELDS)?;
         entries.iter().rev().find(|(key, _)| self.str(*key) == Some(name)).map(|(_, value)| *value)
     }
 
     /// Non-negative integers: a shape, offsets or strides.
     pub(super) fn sizes(&self, item: Item) -> Option<Vec<usize>> {
-        self.items(item)?.iter().map(|item| self.size(*item)).collect()
+        let items = self.items(item).filter(|items| items.len() <= MAX_DIMS)?;
+        items.iter().map(|item| self.size(*item)).collect()
+    }
+
+    /// How many bytes the pickle has, at least.
+    pub(super) fn len_bytes(&self) -> usize {
+        self.input.len()
     }
 
     pub(super) fn size(&self, item: Item) -> Option<usize> {

@@ -16,6 +16,10 @@ const MAX_DEPTH: usize = 100;
 /// A view that repeats its storage may be this large all the same.
 const MAX_REPEATED_BYTES: usize = 64 << 20;
 
+/// What a value counts for, and what a tensor does beside it.
+const NODE_BYTES: usize = size_of::<Node>();
+const TENSOR_BYTES: usize = 256;
+
 /// The contents of an archive.
 #[derive(Debug)]
 pub(crate) struct Saved {
@@ -33,11 +37,16 @@ pub(crate) struct StoredTensor {
     strides: Vec<usize>,
     /// The storage from the tensor's first element on.
     storage: Region,
+    /// Bytes of each element whose sign bit is to be turned: views that torch negates or conjugates when it reads them.
+    turned: Vec<usize>,
 }
 
 impl StoredTensor {
-    /// Whether its elements follow each other in row-major order.
+    /// Whether its bytes are its elements in row-major order.
     pub(crate) fn is_contiguous(&self) -> bool {
+        if !self.turned.is_empty() {
+            return false;
+        }
         let mut expected = 1;
         let dims = self.shape.iter().zip(&self.strides).rev();
         self.shape.contains(&0)
@@ -76,6 +85,9 @@ impl StoredTensor {
                 index[dim] = 0;
             }
         }
+        for sign in &self.turned {
+            bytes.iter_mut().skip(*sign).step_by(size).for_each(|byte| *byte ^= 0x80);
+        }
         Ok(bytes)
     }
 }
@@ -104,9 +116,9 @@ pub(crate) fn read(region: Region, at: &str) -> Result<Saved> {
     Ok(Saved { tree, tensors: reading.tensors })
 }
 
-/// How much the values may take when everything that a pickle shares is written out.
+/// What the values may take, in bytes and in steps, when everything that a pickle shares is written out.
 fn budget(bytes: &[u8]) -> usize {
-    bytes.len().saturating_mul(16).saturating_add(1 << 16)
+    bytes.len().saturating_mul(64).saturating_add(16 << 20)
 }
 
 /// The fault of a pickle as an error of its file.
@@ -144,7 +156,7 @@ struct Reading<'r> {
 
 impl Reading<'_> {
     fn node(&mut self, item: Item, at: &str, depth: usize) -> Result<Node> {
-        self.spend(at, 1 + at.len())?;
+        self.spend(at, NODE_BYTES.max(at.len()))?;
         if depth > MAX_DEPTH {
             return Err(self.refuse(at, format!("nested more than {MAX_DEPTH} deep")));
         }
@@ -162,9 +174,20 @@ impl Reading<'_> {
             (_, Some(Object::Dict(entries))) => self.map(entries, at, depth)?,
             (_, Some(Object::List(_) | Object::Tuple(_) | Object::Set(_))) => self.list(item, at, depth)?,
             (_, Some(Object::Made { class: Class::Size, .. })) => self.list(item, at, depth)?,
+            (_, Some(Object::Made { class: Class::BytesIo, state, .. })) => {
+                // Contents, position, attributes.
+                match pickle.items(*state) {
+                    Some(&[contents, ..]) => self.node(contents, at, depth + 1)?,
+                    _ => return Err(self.refuse(at, "a BytesIO without contents")),
+                }
+            }
             (_, Some(Object::Made { .. })) => match self.named(item) {
-                Some(text) => Node::Str(text),
+                Some(text) => {
+                    self.spend(at, text.len())?;
+                    Node::Str(text)
+                }
                 None => {
+                    self.spend(at, TENSOR_BYTES)?;
                     let tensor = self.tensor(item, at)?;
                     self.tensors.push((at.to_owned(), tensor));
                     Node::Tensor
@@ -184,32 +207,30 @@ impl Reading<'_> {
     fn list(&mut self, item: Item, at: &str, depth: usize) -> Result<Node> {
         let pickle = self.pickle;
         let items = pickle.items(item).ok_or_else(|| self.refuse(at, pickle.describe(item)))?;
-        let nodes = items.iter().enumerate();
-        nodes
-            .map(|(nth, item)| self.node(*item, &child(at, &nth.to_string()), depth + 1))
-            .collect::<Result<_>>()
-            .map(Node::List)
+        self.spend(at, items.len().saturating_mul(NODE_BYTES))?;
+        let mut nodes = Vec::with_capacity(items.len());
+        for (nth, item) in items.iter().enumerate() {
+            nodes.push(self.node(*item, &child(at, &nth.to_string()), depth + 1)?);
+        }
+        Ok(Node::List(nodes))
     }
 
     fn map(&mut self, entries: &[(Item, Item)], at: &str, depth: usize) -> Result<Node> {
-        let mut map: indexmap::IndexMap<String, Node> = indexmap::IndexMap::with_capacity(entries.len());
-        for (key, value) in entries {
-            let key = self
-                .key(*key)
-                .ok_or_else(|| self.refuse(at, format!("the key {}", self.pickle.describe(*key))))?;
-            let name = child(at, &key);
-            let earlier = self.tensors.len();
-            let node = self.node(*value, &name, depth + 1)?;
-            if map.contains_key(&key) {
-                // The later of equal keys holds, and with it its tensors.
-                let below = format!("{name}.");
-                let later = self.tensors.split_off(earlier);
-                self.tensors.retain(|(fqn, _)| *fqn != name && !fqn.starts_with(&below));
-                self.tensors.extend(later);
-            }
-            map.insert(key, node);
+        // The later of equal keys holds, in the place of the first, as in Python.
+        let mut last: indexmap::IndexMap<String, Item> = indexmap::IndexMap::new();
+        for (item, value) in entries {
+            let key = self.key(*item);
+            let key =
+                key.ok_or_else(|| self.refuse(at, format!("the key {}", self.pickle.describe(*item))))?;
+            self.spend(at, NODE_BYTES + key.len())?;
+            last.insert(key, *value);
         }
-        Ok(Node::Map(map.into_iter().collect()))
+        let mut map = Vec::with_capacity(last.len());
+        for (key, value) in last {
+            let node = self.node(value, &child(at, &key), depth + 1)?;
+            map.push((key, node));
+        }
+        Ok(Node::Map(map))
     }
 
     /// torch's own flattening turns every key into text.
@@ -283,13 +304,11 @@ impl Reading<'_> {
             (_, Some(dtype)) => (dtype, arguments.get(6)),
             (_, None) => return Err(wrong()),
         };
-        if let Some(flag) = flags.and_then(|flags| self.set_flag(*flags)) {
-            return Err(self.refuse(at, format!("a view of a tensor's {flag} values")));
-        }
         let ours = dtype.ours().ok_or_else(|| self.refuse(at, format!("dtype {}", dtype.name())))?;
         let storage = cut(&storage, ours, offset, &shape, &strides);
         let storage = storage.ok_or_else(|| self.refuse(at, "a tensor larger than its storage"))?;
-        Ok(StoredTensor { dtype: ours, shape, strides, storage })
+        let turned = flags.map_or(Vec::new(), |flags| self.turned(*flags, ours));
+        Ok(StoredTensor { dtype: ours, shape, strides, storage, turned })
     }
 
     /// `("storage", class, record, device, length)`.
@@ -306,18 +325,19 @@ impl Reading<'_> {
         Ok((dtype, record.ok_or_else(missing)?))
     }
 
-    /// Conjugated and negated views store the values they are views of.
-    fn set_flag(&self, flags: Item) -> Option<&'static str> {
-        let entries = self.pickle.dict(flags)?;
+    /// Conjugated and negated views store the values they are views of: where the signs that they turn lie.
+    fn turned(&self, flags: Item, dtype: DType) -> Vec<usize> {
         let is_set = |name: &str| {
-            entries
-                .iter()
-                .any(|(key, value)| self.pickle.str(*key) == Some(name) && *value == Item::Bool(true))
+            let mut entries = self.pickle.dict(flags).into_iter().flatten();
+            entries.any(|(key, value)| self.pickle.str(*key) == Some(name) && *value == Item::Bool(true))
         };
-        [("conj", "conjugated"), ("neg", "negated")]
-            .into_iter()
-            .find(|(name, _)| is_set(name))
-            .map(|(_, what)| what)
+        let (conjugated, negated) = (is_set("conj") && dtype == DType::C64, is_set("neg"));
+        let size = dtype.size_bytes();
+        let parts: &[(usize, bool)] = match dtype {
+            DType::C64 => &[(3, negated), (7, negated != conjugated)],
+            _ => &[(size - 1, negated)],
+        };
+        parts.iter().filter(|(_, turned)| *turned).map(|(sign, _)| *sign).collect()
     }
 
     fn spend(&mut self, at: &str, cost: usize) -> Result<()> {

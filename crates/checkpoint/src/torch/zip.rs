@@ -1,5 +1,7 @@
 //! Zip records of `torch.save`, addressed where they lie: stored, not compressed, none inside another.
 
+use std::collections::HashMap;
+
 use rawzip::{CompressionMethod, ZipLocator};
 
 use crate::region::Region;
@@ -12,6 +14,8 @@ pub(crate) struct Archive {
     /// What the names begin with, the slash included.
     prefix: String,
     records: Vec<Record>,
+    /// Places of records by their names.
+    by_name: HashMap<String, usize>,
 }
 
 #[derive(Debug)]
@@ -73,13 +77,17 @@ impl Archive {
         refuse_overlap(&region, taken)?;
         let prefix =
             prefix(&records).ok_or_else(|| damaged(&region, 0, "a zip archive without a record data.pkl"))?;
-        Ok(Self { region, prefix, records })
+        let named = records.iter().enumerate();
+        let by_name: HashMap<_, _> = named.map(|(nth, record)| (record.name.clone(), nth)).collect();
+        if by_name.len() < records.len() {
+            return Err(Error::refused(region.path(), region.start(), "zip records of one name"));
+        }
+        Ok(Self { region, prefix, records, by_name })
     }
 
     /// The bytes of a record, by its name without the archive's own.
     pub(crate) fn record(&self, name: &str) -> Option<Region> {
-        let is_it = |record: &&Record| record.name.strip_prefix(&*self.prefix) == Some(name);
-        let record = self.records.iter().find(is_it)?;
+        let record = &self.records[*self.by_name.get(&format!("{}{name}", self.prefix))?];
         self.region.part(record.start, record.len)
     }
 

@@ -1,6 +1,6 @@
 //! The pickle `.metadata` as values: what is where, before any file is opened.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use sconce_dtensor::{DType, TensorBox};
 
@@ -51,8 +51,58 @@ pub(super) struct Wrong {
 
 type Outcome<T> = Result<T, Wrong>;
 
+/// The fewest bytes of a pickle that a chunk and its place take.
+const BYTES_OF_CHUNK: usize = 16;
+/// The longest name of a file, and of what an item's bytes went through.
+const MAX_NAME: usize = 255;
+/// The most steps of a path, and the most transforms of an item.
+const MAX_STEPS: usize = 100;
+
 fn damaged<T>(what: impl Into<String>) -> Outcome<T> {
     Err(Wrong { what: what.into(), refused: false })
+}
+
+fn refused<T>(what: impl Into<String>) -> Outcome<T> {
+    Err(Wrong { what: what.into(), refused: true })
+}
+
+impl DcpMetadata {
+    /// Adds what another rank said that saved alone. Of boxes and values that both have, the earlier rank's hold.
+    pub(super) fn add_rank(&mut self, other: DcpMetadata) -> Outcome<()> {
+        let mut known: HashMap<String, usize> =
+            self.tensors.iter().enumerate().map(|(nth, tensor)| (tensor.fqn.clone(), nth)).collect();
+        for tensor in other.tensors {
+            match known.get(&tensor.fqn) {
+                Some(nth) => self.tensors[*nth].add_chunks(tensor)?,
+                None => {
+                    known.insert(tensor.fqn.clone(), self.tensors.len());
+                    self.tensors.push(tensor);
+                }
+            }
+        }
+        let named: HashSet<String> = self.values.iter().map(|(fqn, _)| fqn.clone()).collect();
+        self.values.extend(other.values.into_iter().filter(|(fqn, _)| !named.contains(fqn)));
+        let named: HashSet<String> = self.paths.iter().map(|(fqn, _)| fqn.clone()).collect();
+        self.paths.extend(other.paths.into_iter().filter(|(fqn, _)| !named.contains(fqn)));
+        match self.values.iter().find(|(fqn, _)| known.contains_key(fqn)) {
+            None => Ok(()),
+            Some((fqn, _)) => refused(format!("{fqn}: a tensor on one rank, and none on another")),
+        }
+    }
+}
+
+impl DcpTensor {
+    fn add_chunks(&mut self, other: DcpTensor) -> Outcome<()> {
+        if (self.dtype, &self.shape) != (other.dtype, &other.shape) {
+            let (fqn, dtype, shape) = (&self.fqn, self.dtype, &self.shape);
+            let what =
+                format!("{fqn}: {} {:?}, and {dtype} {shape:?} on an earlier rank", other.dtype, other.shape);
+            return refused(what);
+        }
+        let known: HashSet<TensorBox> = self.chunks.iter().map(|(bounds, _)| bounds.clone()).collect();
+        self.chunks.extend(other.chunks.into_iter().filter(|(bounds, _)| !known.contains(bounds)));
+        Ok(())
+    }
 }
 
 /// Places by name and offsets, as torch's `MetadataIndex` compares.
@@ -69,6 +119,8 @@ pub(super) fn decode(pickle: &Pickle<'_>) -> Outcome<DcpMetadata> {
         return damaged("no storage_data: where the items lie");
     };
     let places = places(pickle, storage)?;
+    // Many tensors may share one list of chunks: a list of bounded length in all is no bomb.
+    let mut left = pickle.len_bytes();
     let mut decoded = DcpMetadata { paths: paths(pickle, field("planner_data"))?, ..DcpMetadata::default() };
     for (fqn, item) in last_of_each(pickle, entries)? {
         if pickle.made(item, Class::BytesStorageMetadata).is_some() {
@@ -77,7 +129,7 @@ pub(super) fn decode(pickle: &Pickle<'_>) -> Outcome<DcpMetadata> {
                 None => return damaged(format!("{fqn}: no place in storage_data")),
             }
         } else {
-            decoded.tensors.push(tensor(pickle, fqn, item, &places)?);
+            decoded.tensors.push(tensor(pickle, fqn, item, &places, &mut left)?);
         }
     }
     Ok(decoded)
@@ -133,16 +185,17 @@ fn place(pickle: &Pickle<'_>, fqn: &str, item: Item) -> Outcome<Place> {
     let Some(((file, offset_bytes), len_bytes)) = file.zip(number("offset")).zip(number("length")) else {
         return damaged(format!("{fqn}: {} in the place of _StorageInfo", pickle.describe(item)));
     };
-    if !crate::format::is_confined(file) {
+    if file.len() > MAX_NAME || !crate::format::is_confined(file) {
         let what = format!("{fqn}: the file {file:.80?}, which is not one of the checkpoint's directory");
-        return Err(Wrong { what, refused: true });
+        return refused(what);
     }
     let transforms = match field("transform_descriptors") {
         None | Some(Item::None) => Vec::new(),
         Some(item) => {
-            let names =
-                pickle.items(item).map(|items| items.iter().map(|item| pickle.str(*item).map(str::to_owned)));
-            match names.and_then(|names| names.collect::<Option<Vec<_>>>()) {
+            let items = pickle.items(item).filter(|items| items.len() <= MAX_STEPS);
+            let name =
+                |item: &Item| pickle.str(*item).filter(|name| name.len() <= MAX_NAME).map(str::to_owned);
+            match items.and_then(|items| items.iter().map(name).collect::<Option<Vec<_>>>()) {
                 Some(names) => names,
                 None => return damaged(format!("{fqn}: transform_descriptors that are no names")),
             }
@@ -151,7 +204,13 @@ fn place(pickle: &Pickle<'_>, fqn: &str, item: Item) -> Outcome<Place> {
     Ok(Place { file: file.to_owned(), offset_bytes, len_bytes, transforms })
 }
 
-fn tensor(pickle: &Pickle<'_>, fqn: &str, item: Item, places: &Places<'_>) -> Outcome<DcpTensor> {
+fn tensor(
+    pickle: &Pickle<'_>,
+    fqn: &str,
+    item: Item,
+    places: &Places<'_>,
+    left: &mut usize,
+) -> Outcome<DcpTensor> {
     let field = |name| pickle.field(item, Class::TensorStorageMetadata, name);
     let wrong = |what: &str| damaged(format!("{fqn}: {what}"));
     let Some(shape) = field("size").and_then(|item| pickle.sizes(item)) else {
@@ -161,10 +220,14 @@ fn tensor(pickle: &Pickle<'_>, fqn: &str, item: Item, places: &Places<'_>) -> Ou
         return wrong("properties without a dtype");
     };
     let Some(ours) = dtype.ours() else {
-        return Err(Wrong { what: format!("{fqn}: dtype {}", dtype.name()), refused: true });
+        return refused(format!("{fqn}: dtype {}", dtype.name()));
     };
     let Some(saved) = field("chunks").and_then(|item| pickle.items(item)) else {
         return wrong("chunks that are no list");
+    };
+    *left = match left.checked_sub(saved.len().saturating_mul(BYTES_OF_CHUNK)) {
+        Some(left) => left,
+        None => return wrong("more chunks than the metadata has bytes for"),
     };
     let mut chunks = Vec::with_capacity(saved.len());
     for chunk in saved {
@@ -209,7 +272,11 @@ fn paths(pickle: &Pickle<'_>, planner_data: Option<Item>) -> Outcome<Vec<(String
         item => pickle.str(item).map(|key| Step::Key(key.to_owned())),
     };
     let path = |(name, path): (&str, Item)| {
-        let steps = pickle.items(path).and_then(|steps| steps.iter().map(step).collect::<Option<Vec<_>>>());
+        // A path is as long as the name that it flattens to; many names may share one that is not.
+        let items = pickle.items(path).filter(|steps| steps.len() <= MAX_STEPS);
+        let long: usize = items.into_iter().flatten().map(|step| pickle.str(*step).map_or(0, str::len)).sum();
+        let items = items.filter(|_| long <= name.len());
+        let steps = items.and_then(|steps| steps.iter().map(step).collect::<Option<Vec<_>>>());
         match steps.filter(|steps| matches!(steps.first(), Some(Step::Key(_)))) {
             Some(steps) => Ok((name.to_owned(), steps)),
             None => damaged(format!("{name}: {} in the place of its path", pickle.describe(path))),

@@ -76,34 +76,22 @@ impl Reader {
         Ok(decoded.tensors.into_iter().flat_map(of_tensor).chain(decoded.values).collect())
     }
 
+    /// All that the metadata says: one file's, or that of every rank.
     fn decode(&self) -> Result<DcpMetadata> {
-        let path = self.path.join(METADATA_NAME);
         if !self.path.exists() {
             return Err(Error::Missing { path: self.path.clone() });
         }
-        if std::fs::symlink_metadata(&path).is_err() {
+        let mut files = metadata_files(&self.path)?.into_iter();
+        let Some(first) = files.next() else {
             let reason =
                 "it has no .metadata: its save was never finished, or it is something else".to_owned();
             return Err(Error::NotACheckpoint { path: self.path.clone(), reason });
+        };
+        let mut all = decode_file(&first)?;
+        for path in files {
+            all.add_rank(decode_file(&path)?).map_err(|wrong| of_wrong(&path, wrong))?;
         }
-        let file = Region::open(&path, false)?;
-        if file.len() > MAX_METADATA_BYTES {
-            return Err(Error::refused(&path, 0, "a .metadata file of more than 2 GiB"));
-        }
-        let bytes = file.read_all()?;
-        let (pickle, _) = pickle::load(&bytes).map_err(|fault| saved::of_fault(&file, fault))?;
-        metadata::decode(&pickle).map_err(|wrong| {
-            if wrong.refused {
-                return Error::refused(&path, 0, wrong.what);
-            }
-            Error::Corrupt {
-                path: path.clone(),
-                what: "torch's metadata".to_owned(),
-                offset_bytes: 0,
-                expected: "Metadata of torch.distributed.checkpoint".to_owned(),
-                got: wrong.what,
-            }
-        })
+        Ok(all)
     }
 
     fn file(&self, known: &mut Known, name: &str) -> Result<Region> {
@@ -137,6 +125,49 @@ impl Reader {
             values.insert(fqn.clone(), saved.tree);
         }
         Ok(values)
+    }
+}
+
+/// The files of metadata: `.metadata`, or `__0.metadata` and so on, in the order of their ranks, where each rank saved
+/// alone (`use_collectives=False`).
+fn metadata_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let path = dir.join(METADATA_NAME);
+    if std::fs::symlink_metadata(&path).is_ok() {
+        return Ok(vec![path]);
+    }
+    let mut of_ranks = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(|e| Error::io("list", dir, &e))? {
+        let path = entry.map_err(|e| Error::io("list", dir, &e))?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let rank = name.strip_prefix("__").and_then(|name| name.strip_suffix(METADATA_NAME));
+        if let Some(rank) = rank.and_then(|rank| rank.parse::<u32>().ok()) {
+            of_ranks.push((rank, path));
+        }
+    }
+    of_ranks.sort();
+    Ok(of_ranks.into_iter().map(|(_, path)| path).collect())
+}
+
+fn decode_file(path: &Path) -> Result<DcpMetadata> {
+    let file = Region::open(path, false)?;
+    if file.len() > MAX_METADATA_BYTES {
+        return Err(Error::refused(path, 0, "a .metadata file of more than 2 GiB"));
+    }
+    let bytes = file.read_all()?;
+    let (pickle, _) = pickle::load(&bytes).map_err(|fault| saved::of_fault(&file, fault))?;
+    metadata::decode(&pickle).map_err(|wrong| of_wrong(path, wrong))
+}
+
+fn of_wrong(path: &Path, wrong: metadata::Wrong) -> Error {
+    if wrong.refused {
+        return Error::refused(path, 0, wrong.what);
+    }
+    Error::Corrupt {
+        path: path.to_owned(),
+        what: "torch's metadata".to_owned(),
+        offset_bytes: 0,
+        expected: "Metadata of torch.distributed.checkpoint".to_owned(),
+        got: wrong.what,
     }
 }
 

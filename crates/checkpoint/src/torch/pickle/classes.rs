@@ -32,6 +32,7 @@ pub(in crate::torch) enum Class {
     DefaultDict,
     Counter,
     Encode,
+    BytesIo,
     Bytes,
     ByteArray,
     Set,
@@ -68,7 +69,7 @@ const CHECKPOINT_CLASSES: [(&str, Class); 10] = [
     ("_StorageInfo", Class::StorageInfo),
 ];
 
-const OTHERS: [(&str, &str, Class); 16] = [
+const OTHERS: [(&str, &str, Class); 17] = [
     ("torch", "Size", Class::Size),
     ("torch", "device", Class::Device),
     ("torch", "Tensor", Class::Tensor),
@@ -85,6 +86,8 @@ const OTHERS: [(&str, &str, Class); 16] = [
     ("collections", "defaultdict", Class::DefaultDict),
     ("collections", "Counter", Class::Counter),
     ("_codecs", "encode", Class::Encode),
+    // The extra state of modules.
+    ("_io", "BytesIO", Class::BytesIo),
 ];
 
 const BUILTINS: [(&str, Class); 12] = [

@@ -6,6 +6,11 @@ use super::{Class, Fault, Item, Object, Pickle, Span};
 
 type Outcome<T = ()> = Result<T, Fault>;
 
+/// Containers and instances that any pickle may hold.
+const FREE_OBJECTS: usize = 1 << 17;
+/// The fewest bytes that each of the others takes.
+const BYTES_OF_OBJECT: usize = 3;
+
 /// Reads the pickle that `input` begins with; the value and how many bytes it took.
 ///
 /// # Errors
@@ -426,7 +431,11 @@ impl<'p> Machine<'p> {
     }
 
     fn make(&mut self, object: Object) -> Outcome {
-        // Every object costs at least one byte of an input that is shorter than 4 GiB.
+        // Torch spends many bytes on an object, with its name, its place in the memo or what it holds. One byte each
+        // is a bomb that takes a hundred times its length.
+        if self.objects.len() > FREE_OBJECTS + self.input.len() / BYTES_OF_OBJECT {
+            return Err(Fault::refused(self.op_at, "more containers than a pickle of that length holds"));
+        }
         self.stack.push(Item::Object(self.objects.len() as u32));
         self.objects.push(object);
         Ok(())
