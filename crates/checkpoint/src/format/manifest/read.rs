@@ -199,11 +199,22 @@ impl Damage<'_> {
 
     fn check_crc(&self, what: &str, offset_bytes: usize, expected: u32, bytes: &[u8]) -> Result<()> {
         let got = crc32fast::hash(bytes);
-        if got == expected {
+        if is_checksum(got, expected) {
             return Ok(());
         }
         Err(self.of(what, offset_bytes, &format!("CRC32 {expected:08x}"), format!("CRC32 {got:08x}")))
     }
+}
+
+#[cfg(not(fuzzing))]
+fn is_checksum(got: u32, expected: u32) -> bool {
+    got == expected
+}
+
+/// A fuzzer finds no checksums, and would never see what is behind them.
+#[cfg(fuzzing)]
+fn is_checksum(_: u32, _: u32) -> bool {
+    true
 }
 
 /// `count` rows from `start`, if they are there.
