@@ -76,7 +76,12 @@ fn man_page() -> std::io::Result<String> {
     let mut command = Args::command();
     command.build();
     let mut text = Vec::new();
-    clap_mangen::Man::new(command.clone()).render(&mut text)?;
+    let page = clap_mangen::Man::new(command.clone());
+    page.render_title(&mut text)?;
+    page.render_name_section(&mut text)?;
+    page.render_synopsis_section(&mut text)?;
+    page.render_description_section(&mut text)?;
+    page.render_options_section(&mut text)?;
     for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
         let mut part = Vec::new();
         let page = clap_mangen::Man::new(sub.clone());
@@ -86,7 +91,7 @@ fn man_page() -> std::io::Result<String> {
         let part = String::from_utf8_lossy(&part).into_owned();
         // Sections of the command become parts of one section.
         writeln!(text, ".SH \"{}\"", sub.get_name().to_uppercase())?;
-        text.extend_from_slice(part.replace("\n.SH ", "\n.SS ").replace("^.SH ", ".SS ").as_bytes());
+        text.extend_from_slice(part.replace("\n.SH ", "\n.SS ").as_bytes());
     }
     Ok(String::from_utf8_lossy(&text).into_owned())
 }

@@ -269,7 +269,12 @@ impl Error {
     }
 
     pub(crate) fn tensor(fqn: &str, cause: &sconce_dtensor::Error) -> Self {
-        Error::Tensor { fqn: fqn.to_owned(), cause: cause.to_string() }
+        let cause = match cause {
+            // Its name is told already.
+            sconce_dtensor::Error::Unreadable { what, cause } if what == fqn => cause.clone(),
+            other => other.to_string(),
+        };
+        Error::Tensor { fqn: fqn.to_owned(), cause }
     }
 
     pub(crate) fn dtypes(fqn: &str, expected: DType, got: DType) -> Self {

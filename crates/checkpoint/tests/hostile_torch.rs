@@ -81,7 +81,7 @@ fn dict(value: &[u8]) -> Vec<u8> {
 #[track_caller]
 fn failure(path: &Path) -> Error {
     let loaded = open(path).and_then(|reader| load_new_from(reader.as_ref(), LoadOptions::default()));
-    loaded.map(|state| state.iter().count()).expect_err("it was loaded")
+    loaded.map(|state| state.iter().count()).unwrap_err()
 }
 
 #[track_caller]

@@ -103,14 +103,16 @@ pub(super) struct Convert {
     /// The checkpoint.
     pub(super) from: PathBuf,
     /// Where to write; nothing may be there.
+    #[arg(value_name = "TARGET")]
     pub(super) to_path: PathBuf,
     /// The format to write.
-    #[arg(long)]
+    #[arg(long, value_name = "FORMAT")]
     pub(super) to: To,
     /// Begin another file after that many bytes (safetensors).
-    #[arg(long, default_value_t = 5_000_000_000)]
+    #[arg(long, value_name = "BYTES", default_value_t = 5_000_000_000)]
     pub(super) max_shard_bytes: u64,
-    /// Leave out values that are no tensors, read or not (torch).
+    /// Leave out values that are no tensors. Those of torch's are not even looked at, so that classes which are refused do
+    /// no harm.
     #[arg(long)]
     pub(super) tensors_only: bool,
 }
@@ -120,12 +122,13 @@ pub(super) struct Reshard {
     /// The checkpoint.
     pub(super) from: PathBuf,
     /// Where to write; nothing may be there.
+    #[arg(value_name = "TARGET")]
     pub(super) to_path: PathBuf,
     /// The number of ranks.
-    #[arg(long, short = 'n', value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    #[arg(long, short = 'n', value_name = "RANKS", value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(super) world: u32,
     /// The format to write: that of the checkpoint by default.
-    #[arg(long)]
+    #[arg(long, value_name = "FORMAT")]
     pub(super) to: Option<To>,
 }
 

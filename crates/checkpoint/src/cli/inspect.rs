@@ -80,8 +80,9 @@ fn object(metadata: &Metadata, tensor: &TensorStorageMetadata, with_chunks: bool
     });
     if with_chunks {
         let chunk = |c: &crate::ChunkStorageMetadata| {
-            json!({ "offsets": c.bounds.offsets, "sizes": c.bounds.sizes, "file": metadata.files[c.file].name,
-                "offset_bytes": c.offset_bytes })
+            let (file, offset_bytes) = place(&metadata.files[c.file].name, c.offset_bytes);
+            json!({ "offsets": c.bounds.offsets, "sizes": c.bounds.sizes, "file": file,
+                "offset_bytes": offset_bytes })
         };
         object["chunks"] = tensor.chunks.iter().map(chunk).collect();
     }
@@ -93,8 +94,20 @@ fn chunks(metadata: &Metadata, tensor: &TensorStorageMetadata, out: &mut Output)
     for chunk in &tensor.chunks {
         let end: Vec<usize> =
             chunk.bounds.offsets.iter().zip(&chunk.bounds.sizes).map(|(o, s)| o + s).collect();
-        let file = &metadata.files[chunk.file].name;
-        out.line(format!("  {:?} to {end:?}  {file}, byte {}", chunk.bounds.offsets, chunk.offset_bytes));
+        let (file, byte) = place(&metadata.files[chunk.file].name, chunk.offset_bytes);
+        out.line(format!("  {:?} to {end:?}  {file}, byte {byte}", chunk.bounds.offsets));
+    }
+}
+
+/// The file on disk, and where in it. Items of torch's archives are files of their own to us, `FILE@BYTE#NUMBER`, and lie
+/// somewhere behind that byte.
+fn place(name: &str, offset_bytes: u64) -> (&str, u64) {
+    match name.split_once('@') {
+        Some((file, rest)) => {
+            let start: u64 = rest.split('#').next().and_then(|start| start.parse().ok()).unwrap_or(0);
+            (file, start + offset_bytes)
+        }
+        None => (name.split('#').next().unwrap_or(name), offset_bytes),
     }
 }
 

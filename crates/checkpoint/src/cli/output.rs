@@ -57,7 +57,7 @@ impl Output {
                 column.set_cell_alignment(CellAlignment::Right);
             }
         }
-        self.line(table.to_string());
+        self.line(table.trim_fmt());
     }
 
     /// A bar over bytes with rate and time left, on a terminal.
@@ -88,7 +88,7 @@ pub(super) fn size(bytes: u64) -> String {
 /// `1.50 GiB in 0.30 s, 5.00 GiB/s`.
 pub(super) fn rate(bytes: u64, took: std::time::Duration) -> String {
     let seconds = took.as_secs_f64().max(1e-9);
-    format!("{} in {seconds:.2} s, {:.2} GiB/s", size(bytes), bytes as f64 / seconds / f64::from(1 << 30))
+    format!("{} in {seconds:.2} s, {}/s", size(bytes), size((bytes as f64 / seconds) as u64))
 }
 
 /// `1 file`, `2 files`.

@@ -1,11 +1,14 @@
 //! `plot`: one page that shows which file holds which box of each tensor, and how large each module is. The page is
 //! complete in itself: no script, no style, no picture comes from elsewhere.
 
+mod names;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use serde_json::json;
 
+use self::names::{Group, alike, natural, without_numbers};
 use super::Found;
 use super::args::Plot;
 use super::output::{Output, shape, size};
@@ -48,15 +51,17 @@ pub(super) fn run(args: &Plot, out: &mut Output) -> Result<Found> {
 fn page(path: &str, format: Format, metadata: &Metadata) -> String {
     let files = Files::of(metadata);
     let mut tensors: Vec<&TensorStorageMetadata> = metadata.tensors.iter().collect();
-    tensors.sort_by_key(|tensor| std::cmp::Reverse(bytes_of(tensor)));
-    let shown = drawn(&tensors);
+    tensors.sort_by_cached_key(|tensor| (std::cmp::Reverse(bytes_of(tensor)), natural(&tensor.fqn)));
+    let groups = alike(&tensors, &files);
+    let shown = drawn(&groups);
     let mut html = String::from("<!doctype html><html lang=en><meta charset=utf-8>");
     let _ = write!(
         html,
         "<meta name=viewport content='width=device-width,initial-scale=1'><title>{path}</title><style>{STYLE}</style>\
          <h1>{path}</h1><p>{format}: {count} tensors, {bytes}, {n} files</p><h2>Files</h2><div class=files>{legend}</div>\
          <h2>Size by module</h2>{modules}<h2>Which file holds which box</h2>\
-         <p>{which}. Rows go down, columns to the right; further dims are left out. Point at a box for its place.</p>\
+         <p>{which}; those that differ in a number only, and lie alike, are one picture. Rows go down, columns to the right; \
+         further dims are left out. Point at a box for its place.</p>\
          <div class=tensors>",
         path = escape(path),
         format = format.name(),
@@ -65,25 +70,25 @@ fn page(path: &str, format: Format, metadata: &Metadata) -> String {
         n = files.names.len(),
         legend = files.legend(),
         modules = modules(&tensors),
-        which = if shown < tensors.len() {
-            format!("The {shown} largest of {} tensors", tensors.len())
+        which = if shown < groups.len() {
+            format!("The {shown} largest of {} kinds", groups.len())
         } else {
             "All tensors, the largest first".to_owned()
         },
     );
-    tensors.iter().take(shown).for_each(|tensor| figure(&mut html, metadata, &files, tensor));
+    groups.iter().take(shown).for_each(|group| figure(&mut html, metadata, &files, group));
     html.push_str("</div></html>\n");
     html
 }
 
-/// How many of the tensors, which are sorted by size, are drawn.
-fn drawn(tensors: &[&TensorStorageMetadata]) -> usize {
+/// How many of the groups, which are sorted by size, are drawn.
+fn drawn(groups: &[Group<'_>]) -> usize {
     let mut boxes = 0;
-    let fits = |tensor: &&&TensorStorageMetadata| {
-        boxes += tensor.chunks.len().min(MAX_BOXES);
+    let fits = |group: &&Group<'_>| {
+        boxes += group.first.chunks.len().min(MAX_BOXES);
         boxes <= MAX_ALL_BOXES
     };
-    tensors.iter().take(MAX_TENSORS).take_while(fits).count()
+    groups.iter().take(MAX_TENSORS).take_while(fits).count()
 }
 
 /// The rank that wrote a file, as its name says, by ours and torch's ways of naming.
@@ -116,17 +121,19 @@ struct Files {
 impl Files {
     fn of(metadata: &Metadata) -> Self {
         let on_disk = |name: &str| name.split(['@', '#']).next().unwrap_or(name).to_owned();
-        let names = metadata.files.iter().map(|file| (on_disk(&file.name), 0));
-        let mut places: BTreeMap<String, usize> = names.collect();
-        places.values_mut().enumerate().for_each(|(nth, place)| *place = nth);
-        let of: Vec<usize> = metadata.files.iter().map(|file| places[&on_disk(&file.name)]).collect();
-        let mut bytes = vec![0; places.len()];
+        let mut names: Vec<String> = metadata.files.iter().map(|file| on_disk(&file.name)).collect();
+        names.sort_by_cached_key(|name| natural(name));
+        names.dedup();
+        let places: BTreeMap<&str, usize> =
+            names.iter().enumerate().map(|(nth, name)| (name.as_str(), nth)).collect();
+        let of: Vec<usize> = metadata.files.iter().map(|file| places[&*on_disk(&file.name)]).collect();
+        let mut bytes = vec![0; names.len()];
         for tensor in &metadata.tensors {
             let of_chunk =
                 |c: &crate::ChunkStorageMetadata| (c.bounds.numel() * tensor.dtype.size_bytes()) as u64;
             tensor.chunks.iter().for_each(|chunk| bytes[of[chunk.file]] += of_chunk(chunk));
         }
-        Self { names: places.into_keys().collect(), bytes, of }
+        Self { names, bytes, of }
     }
 
     /// Colours that differ as much as their number allows, by the golden angle.
@@ -149,7 +156,7 @@ impl Files {
     }
 }
 
-/// Bars of the names up to their last two parts, the largest first.
+/// Bars of the modules, the largest first; numbered ones are one bar where there are many.
 fn modules(tensors: &[&TensorStorageMetadata]) -> String {
     let mut sizes = BTreeMap::<String, u64>::new();
     for tensor in tensors {
@@ -157,8 +164,19 @@ fn modules(tensors: &[&TensorStorageMetadata]) -> String {
         let depth = parts.len().saturating_sub(1).clamp(1, 3);
         *sizes.entry(parts[..depth].join(".")).or_default() += bytes_of(tensor);
     }
+    if sizes.len() > MODULES {
+        let mut folded = BTreeMap::<String, (u64, usize)>::new();
+        for (name, bytes) in sizes {
+            let entry = folded.entry(without_numbers(&name)).or_default();
+            *entry = (entry.0 + bytes, entry.1 + 1);
+        }
+        let named = |(name, (bytes, count)): (String, (u64, usize))| {
+            (if count > 1 { format!("{name} × {count}") } else { name }, bytes)
+        };
+        sizes = folded.into_iter().map(named).collect();
+    }
     let mut sorted: Vec<(String, u64)> = sizes.into_iter().collect();
-    sorted.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+    sorted.sort_by_cached_key(|(name, bytes)| (std::cmp::Reverse(*bytes), natural(name)));
     let rest: u64 = sorted.iter().skip(MODULES).map(|(_, bytes)| bytes).sum();
     let more = sorted.len().saturating_sub(MODULES);
     sorted.truncate(MODULES);
@@ -177,7 +195,8 @@ fn modules(tensors: &[&TensorStorageMetadata]) -> String {
 }
 
 /// One tensor: its first dim down, its last to the right.
-fn figure(html: &mut String, metadata: &Metadata, files: &Files, tensor: &TensorStorageMetadata) {
+fn figure(html: &mut String, metadata: &Metadata, files: &Files, group: &Group<'_>) {
+    let Group { first: tensor, name, count } = group;
     let ndim = tensor.shape.len();
     let extent = |dim: Option<usize>| dim.map_or(1, |dim| tensor.shape[dim]).max(1);
     let (down, right) = (ndim.checked_sub(1).map(|_| 0), (ndim > 1).then(|| ndim - 1));
@@ -186,14 +205,11 @@ fn figure(html: &mut String, metadata: &Metadata, files: &Files, tensor: &Tensor
         html,
         "<figure><figcaption>{}<span>{} {}, {}{}</span></figcaption><svg viewBox='0 0 {width} {height}' preserveAspectRatio=none>",
         // Long names break after their dots.
-        escape(&tensor.fqn).replace('.', ".<wbr>"),
+        escape(name).replace('.', ".<wbr>"),
         tensor.dtype,
         shape(&tensor.shape),
         size(bytes_of(tensor)),
-        match tensor.chunks.len() {
-            count if count > MAX_BOXES => format!(", {MAX_BOXES} of {count} boxes"),
-            _ => String::new(),
-        },
+        notes(tensor.chunks.len(), *count),
     );
     for chunk in tensor.chunks.iter().take(MAX_BOXES) {
         let span = |dim: Option<usize>| {
@@ -209,6 +225,12 @@ fn figure(html: &mut String, metadata: &Metadata, files: &Files, tensor: &Tensor
         );
     }
     html.push_str("</svg></figure>");
+}
+
+fn notes(n_boxes: usize, n_alike: usize) -> String {
+    let boxes = if n_boxes > MAX_BOXES { format!(", {MAX_BOXES} of {n_boxes} boxes") } else { String::new() };
+    let alike = if n_alike > 1 { format!(" · {n_alike} alike") } else { String::new() };
+    boxes + &alike
 }
 
 fn bytes_of(tensor: &TensorStorageMetadata) -> u64 {
