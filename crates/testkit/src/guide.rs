@@ -5,3 +5,6 @@ pub mod first_steps {}
 
 #[doc = include_str!("../../../docs/guide/checkpoints.md")]
 pub mod checkpoints {}
+
+#[doc = include_str!("../../../README.md")]
+pub mod readme {}
