@@ -7,48 +7,92 @@ mod collectives;
 mod fsdp;
 mod plan;
 mod redistribute;
+mod report;
+mod single;
+mod table;
 
 use std::process::Command;
 
 use crate::root;
+use table::Table;
 
-const USAGE: &str = "usage: cargo xtask bench checkpoint [--torch PYTHON] | cli | collectives [--torch PYTHON] [--ferrotorch] \
-                     | fsdp [--torch PYTHON] | plan [--torch PYTHON] | redistribute [--torch PYTHON] | overlap | store \
-                     | kernels";
+const USAGE: &str = "usage: cargo xtask bench checkpoint | cli | collectives | fsdp | kernels | overlap | plan | redistribute | \
+                     report | store [--torch PYTHON] [--ferrotorch] [--json]";
+
+/// What the command line chose.
+#[derive(Debug, Default)]
+pub(super) struct Options {
+    /// A Python that has torch, to be measured in the same run.
+    torch: Option<String>,
+    /// Measure the Rust peer of that name as well.
+    ferrotorch: bool,
+    /// JSON lines instead of a table.
+    json: bool,
+}
+
+impl Options {
+    fn parse(arguments: &[String]) -> Result<Self, String> {
+        let mut options = Self::default();
+        let mut rest = arguments.iter();
+        while let Some(argument) = rest.next() {
+            match argument.as_str() {
+                "--torch" => options.torch = Some(rest.next().ok_or(USAGE)?.clone()),
+                "--ferrotorch" => options.ferrotorch = true,
+                "--json" => options.json = true,
+                _ => return Err(USAGE.to_owned()),
+            }
+        }
+        Ok(options)
+    }
+
+    /// The peer in `xtask/peers` that runs on torch, if torch is there.
+    fn torch_peer(&self, script: &str) -> Option<Command> {
+        let mut command = Command::new(self.torch.as_ref()?);
+        command.arg(format!("xtask/peers/{script}"));
+        Some(command)
+    }
+}
 
 /// Runs the benchmark that `arguments` name.
 pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
     let Some((name, rest)) = arguments.split_first() else { return Err(USAGE.to_owned()) };
-    match (name.as_str(), rest) {
-        ("checkpoint", rest) => checkpoint::run(rest),
-        ("cli", rest) => cli::run(rest),
-        ("collectives", rest) => collectives::run(rest),
-        ("fsdp", rest) => fsdp::run(rest),
-        ("plan", rest) => plan::run(rest),
-        ("redistribute", rest) => redistribute::run(rest),
-        ("overlap" | "store", []) => shown(mesh_bench(name)),
-        ("kernels", []) => shown(kernels()),
+    let options = Options::parse(rest)?;
+    match name.as_str() {
+        "report" => return report::run(&options),
+        "kernels" => return single::kernels(),
+        _ => {}
+    }
+    let table = measure(name, &options)?;
+    print!("{}", if options.json { table.json_lines(name) } else { table.text() });
+    Ok(())
+}
+
+fn measure(name: &str, options: &Options) -> Result<Table, String> {
+    match name {
+        "checkpoint" => checkpoint::measure(options),
+        "cli" => cli::measure(),
+        "collectives" => collectives::measure(options),
+        "fsdp" => fsdp::measure(options),
+        "overlap" => single::overlap(),
+        "plan" => plan::measure(options),
+        "redistribute" => redistribute::measure(options),
+        "store" => single::store(),
         _ => Err(USAGE.to_owned()),
     }
 }
 
-fn mesh_bench(name: &str) -> Command {
+fn cargo_bench(arguments: &str) -> Command {
     let mut command = Command::new(env!("CARGO"));
-    let arguments = "bench -q -p sconce-mesh --no-default-features --features tcp-store --bench";
-    command.args(arguments.split(' ')).arg(name);
+    command.args(["bench", "-q"]).args(arguments.split(' '));
     command
 }
 
-/// The reduction kernels are private: one of their own tests measures them.
-fn kernels() -> Command {
-    let mut command = Command::new(env!("CARGO"));
-    let arguments = "test -q --release -p sconce-mesh --no-default-features --lib -- --ignored --nocapture";
-    command.args(arguments.split(' ')).arg("speed_of_the_kernels");
-    command
-}
-
-/// Runs a program that prints its own table.
-fn shown(mut command: Command) -> Result<(), String> {
-    let status = command.current_dir(root()).status().map_err(|e| format!("{command:?}: {e}"))?;
-    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}")) }
+/// What a program printed on standard output.
+fn output(mut command: Command) -> Result<String, String> {
+    let what = format!("{command:?}");
+    let output = command.current_dir(root()).output().map_err(|e| format!("{what}: {e}"))?;
+    if !output.status.success() {
+        return Err(format!("{what}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr)));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

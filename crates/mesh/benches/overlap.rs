@@ -1,5 +1,9 @@
 //! How much of an asynchronous all_gather hides beside a matrix product. Two rank processes: rank 0 computes on one core,
-//! the bytes move on the other. Prints the times of rank 0, and writes the timeline that they come from.
+//! the bytes move on the other. Writes the timeline that its figures come from, and prints the times of rank 0 in one line:
+//!
+//! ```text
+//! seconds of the all_gather alone TAB of a matrix product alone TAB of both at the same time
+//! ```
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark stops at the first failure")]
 
@@ -48,11 +52,7 @@ fn rank() {
         buffers = Some(work.wait().unwrap());
     });
     if computes {
-        let hidden = 100.0 * (1.0 - (both - matmul) / gather);
-        println!("all_gather of {} MiB alone       {:>8.2} ms", BYTES >> 20, gather * 1e3);
-        println!("matrix product of {SIDE} alone      {:>8.2} ms", matmul * 1e3);
-        println!("both at the same time          {:>8.2} ms", both * 1e3);
-        println!("of the all_gather is hidden    {hidden:>8.0} %");
+        println!("{gather}\t{matmul}\t{both}");
         std::fs::create_dir_all(std::path::Path::new(TIMELINE).parent().unwrap()).unwrap();
         std::fs::write(TIMELINE, FlightRecord::timeline(&[group.flight_record()])).unwrap();
         println!("timeline (chrome://tracing, Perfetto): {TIMELINE}");

@@ -1,5 +1,9 @@
 //! 10,000 clients meet at one store: each connects, counts itself in and waits for the last one's word. The server runs
-//! in this process and the clients, a thread each, in another. Prints the time and what the server's memory grew by.
+//! in this process and the clients, a thread each, in another. Prints one line:
+//!
+//! ```text
+//! clients TAB seconds until all had met TAB bytes that the server's memory grew by
+//! ```
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark stops at the first failure")]
 
@@ -22,9 +26,10 @@ fn main() {
     let server = TcpStoreServer::bind("127.0.0.1:0".parse().unwrap(), TOKEN).unwrap();
     let before = peak_kib();
     let mut command = Command::new(std::env::current_exe().unwrap());
-    let status = command.env(SERVER, server.addr().to_string()).status().unwrap();
-    assert!(status.success());
-    println!("memory of the server grew by {} MB", (peak_kib() - before) * 1024 / 1_000_000);
+    let clients = command.env(SERVER, server.addr().to_string()).output().unwrap();
+    assert!(clients.status.success(), "{}", String::from_utf8_lossy(&clients.stderr));
+    let seconds = String::from_utf8_lossy(&clients.stdout);
+    println!("{CLIENTS}\t{}\t{}", seconds.trim(), (peak_kib() - before) * 1024);
 }
 
 fn clients(addr: &str) {
@@ -41,7 +46,7 @@ fn clients(addr: &str) {
             std::thread::Builder::new().stack_size(64 << 10).spawn_scoped(scope, meet).unwrap();
         }
     });
-    println!("{CLIENTS} clients met in {:.2?}", started.elapsed());
+    println!("{}", started.elapsed().as_secs_f64());
 }
 
 /// Peak resident memory of this process (proc(5), VmHWM).

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::process::Command;
 
-use super::USAGE;
+use super::table::{Cell, Table};
+use super::{Options, cargo_bench, output};
 use crate::root;
 
 /// `(place, ranks, what)` → figures.
@@ -17,35 +18,16 @@ struct Figure {
     read: f64,
 }
 
-/// Measures ours, and torch's if `arguments` name a Python that has it.
-pub(super) fn run(arguments: &[String]) -> Result<(), String> {
-    let python = match arguments {
-        [] => None,
-        [flag, python] if flag == "--torch" => Some(python),
-        _ => return Err(USAGE.to_owned()),
-    };
+pub(super) fn measure(options: &Options) -> Result<Table, String> {
     let places = std::env::var("SCONCE_BENCH_PLACES")
         .unwrap_or_else(|_| format!("/dev/shm:{}", root().join("target").display()));
-    let mut ours = Command::new(env!("CARGO"));
-    ours.args("bench -q -p sconce-checkpoint --no-default-features --bench checkpoint".split(' '));
-    let ours = figures(ours, &places)?;
-    let torch = python.map(|python| {
-        let mut command = Command::new(python);
-        command.arg("xtask/peers/checkpoint.py");
-        figures(command, &places)
-    });
-    print(&ours, &torch.transpose()?.unwrap_or_default());
-    Ok(())
-}
-
-fn figures(mut command: Command, places: &str) -> Result<Figures, String> {
-    let what = format!("{command:?}");
-    command.env("SCONCE_BENCH_PLACES", places).current_dir(root());
-    let output = command.output().map_err(|e| format!("{what}: {e}"))?;
-    if !output.status.success() {
-        return Err(format!("{what}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr)));
-    }
-    Ok(parse(&String::from_utf8_lossy(&output.stdout)))
+    let figures = |mut command: Command| {
+        command.env("SCONCE_BENCH_PLACES", &places);
+        Ok::<_, String>(parse(&output(command)?))
+    };
+    let ours = figures(cargo_bench("-p sconce-checkpoint --no-default-features --bench checkpoint"))?;
+    let torch = options.torch_peer("checkpoint.py").map(figures).transpose()?;
+    Ok(table(&ours, &torch.unwrap_or_default()))
 }
 
 /// The lines that are figures; programs may print others.
@@ -59,10 +41,20 @@ fn parse(text: &str) -> Figures {
     text.lines().filter_map(line).collect()
 }
 
-fn print(ours: &Figures, torch: &Figures) {
-    let heads = ["GiB/s", "of limit", "read", "torch", "times", "read"];
-    let heads: String = heads.map(|head| format!(" {head:>8}")).concat();
-    println!("{:<6} {:>5}  {:<32}{heads}", "place", "ranks", "what");
+fn table(ours: &Figures, torch: &Figures) -> Table {
+    let columns = [
+        "place",
+        "ranks",
+        "what",
+        "sconce",
+        "rate",
+        "of limit",
+        "read",
+        "torch",
+        "times torch",
+        "torch reads",
+    ];
+    let mut table = Table::new(columns);
     for (key @ (place, ranks, what), figure) in ours {
         let limit = match what.split(' ').next() {
             Some("save") => Some("limit write"),
@@ -71,25 +63,24 @@ fn print(ours: &Figures, torch: &Figures) {
             _ => None,
         };
         let limit = limit.and_then(|limit| ours.get(&(place.clone(), *ranks, limit.to_owned())));
-        let of_limit = limit.map(|limit| format!("{:.2}", limit.seconds / figure.seconds));
-        let read =
-            |figure: &Figure| (figure.read > 0.0).then(|| format!("{:.2}", figure.read / figure.bytes));
+        let read = |figure: &Figure| {
+            if figure.read > 0.0 { Cell::Times(figure.read / figure.bytes) } else { Cell::None }
+        };
         let peer = torch.get(key);
-        let cells = [
-            Some(rate(figure)),
-            of_limit,
+        table.rows.push(vec![
+            Cell::Text(place.clone()),
+            Cell::Count(*ranks),
+            Cell::Text(what.clone()),
+            Cell::Seconds(figure.seconds),
+            Cell::Rate(figure.bytes / figure.seconds),
+            limit.map_or(Cell::None, |limit| Cell::Share(limit.seconds / figure.seconds)),
             read(figure),
-            peer.map(rate),
-            peer.map(|peer| format!("{:.1}", peer.seconds / figure.seconds)),
-            peer.and_then(read),
-        ];
-        let cells: String = cells.map(|cell| format!(" {:>8}", cell.as_deref().unwrap_or("-"))).concat();
-        println!("{place:<6} {ranks:>5}  {what:<32}{cells}");
+            peer.map_or(Cell::None, |peer| Cell::Rate(peer.bytes / peer.seconds)),
+            peer.map_or(Cell::None, |peer| Cell::Times(peer.seconds / figure.seconds)),
+            peer.map_or(Cell::None, read),
+        ]);
     }
-}
-
-fn rate(figure: &Figure) -> String {
-    format!("{:.2}", figure.bytes / figure.seconds / f64::from(1 << 30))
+    table
 }
 
 #[cfg(test)]

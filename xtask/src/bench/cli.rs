@@ -1,8 +1,7 @@
 //! `cargo xtask bench cli`: what `sconce-ckpt` takes for a large checkpoint, beside plain reads and copies of its files.
 
-use std::process::Command;
-
-use super::USAGE;
+use super::table::{Cell, Table};
+use super::{cargo_bench, output};
 use crate::root;
 
 /// What was measured.
@@ -16,44 +15,32 @@ struct Figure {
 }
 
 /// Measures; `SCONCE_BENCH_MIB` makes the checkpoint smaller than 4 GiB, `SCONCE_BENCH_PLACES` names directories.
-pub(super) fn run(arguments: &[String]) -> Result<(), String> {
-    if !arguments.is_empty() {
-        return Err(USAGE.to_owned());
-    }
+pub(super) fn measure() -> Result<Table, String> {
     let places = std::env::var("SCONCE_BENCH_PLACES")
         .unwrap_or_else(|_| format!("/dev/shm:{}", root().join("target").display()));
-    let mut command = Command::new(env!("CARGO"));
-    let bench = "bench -q -p sconce-checkpoint --no-default-features --features cli --bench cli";
-    command.args(bench.split(' ')).env("SCONCE_BENCH_PLACES", places).current_dir(root());
-    let output = command.output().map_err(|e| format!("{command:?}: {e}"))?;
-    if !output.status.success() {
-        return Err(format!("{command:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr)));
-    }
-    let figures: Vec<Figure> = String::from_utf8_lossy(&output.stdout).lines().filter_map(parse).collect();
-    println!(
-        "{:<6} {:<36} {:>8} {:>8} {:>9} {:>9} {:>8}",
-        "place", "what", "s", "GiB/s", "of reads", "of copies", "peak MB"
-    );
-    figures.iter().for_each(|figure| println!("{}", row(figure, &figures)));
-    Ok(())
+    let mut command = cargo_bench("-p sconce-checkpoint --no-default-features --features cli --bench cli");
+    command.env("SCONCE_BENCH_PLACES", places);
+    Ok(table(&output(command)?.lines().filter_map(parse).collect::<Vec<_>>()))
 }
 
-fn row(figure: &Figure, all: &[Figure]) -> String {
-    let Figure { place, what, bytes, seconds, peak } = figure;
-    let share = |limit: &str| {
-        let limit = all.iter().find(|other| other.place == *place && other.what == limit)?;
-        (*bytes > 0.0).then(|| format!("{:.2}", limit.seconds / seconds))
-    };
-    let cell = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
-    let rate = (*bytes > 0.0).then(|| format!("{:.2}", bytes / seconds / f64::from(1 << 30)));
-    let peak = (*peak > 0.0).then(|| format!("{:.1}", peak / 1e6));
-    format!(
-        "{place:<6} {what:<36} {seconds:>8.2} {:>8} {:>9} {:>9} {:>8}",
-        cell(rate),
-        cell(share("limit read")),
-        cell(share("limit copy")),
-        cell(peak)
-    )
+fn table(figures: &[Figure]) -> Table {
+    let mut table = Table::new(["place", "what", "sconce", "rate", "of reads", "of copies", "peak memory"]);
+    for Figure { place, what, bytes, seconds, peak } in figures {
+        let share = |limit: &str| {
+            let limit = figures.iter().find(|other| other.place == *place && other.what == limit);
+            limit.filter(|_| *bytes > 0.0).map_or(Cell::None, |limit| Cell::Share(limit.seconds / seconds))
+        };
+        table.rows.push(vec![
+            Cell::Text(place.clone()),
+            Cell::Text(what.clone()),
+            Cell::Seconds(*seconds),
+            if *bytes > 0.0 { Cell::Rate(bytes / seconds) } else { Cell::None },
+            share("limit read"),
+            share("limit copy"),
+            if *peak > 0.0 { Cell::Bytes(*peak) } else { Cell::None },
+        ]);
+    }
+    table
 }
 
 fn parse(line: &str) -> Option<Figure> {
@@ -77,6 +64,6 @@ mod tests {
         ];
         let figures: Vec<Figure> = lines.iter().filter_map(|line| parse(line)).collect();
         assert_eq!(figures.len(), 3);
-        assert!(row(&figures[2], &figures).contains(" 0.80 "), "{}", row(&figures[2], &figures));
+        assert_eq!(table(&figures).rows[2][4], Cell::Share(0.8));
     }
 }

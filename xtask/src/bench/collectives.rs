@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::process::Command;
 
-use super::{USAGE, mesh_bench};
-use crate::root;
+use super::table::{Cell, Table};
+use super::{Options, cargo_bench, output};
 
 /// What one program measured: `(ranks, op, bytes)` → figures.
 pub(super) type Figures = BTreeMap<(usize, String, usize), Figure>;
@@ -16,28 +16,17 @@ pub(super) struct Figure {
     limit: Option<f64>,
 }
 
-/// Measures ours and the peers that `arguments` name.
-pub(super) fn run(arguments: &[String]) -> Result<(), String> {
+pub(super) fn measure(options: &Options) -> Result<Table, String> {
+    let mesh = "-p sconce-mesh --no-default-features --features tcp-store --bench collectives";
+    let ours = parse(&output(cargo_bench(mesh))?);
     let mut peers = Vec::new();
-    let mut rest = arguments.iter().map(String::as_str);
-    while let Some(argument) = rest.next() {
-        match argument {
-            "--torch" => peers.push(("gloo", gloo(rest.next().ok_or(USAGE)?))),
-            "--ferrotorch" => peers.push(("ferrotorch", ferrotorch())),
-            _ => return Err(USAGE.to_owned()),
-        }
+    if let Some(gloo) = options.torch_peer("gloo.py") {
+        peers.push(("gloo", parse(&output(gloo)?)));
     }
-    let ours = figures(mesh_bench("collectives"))?;
-    let peers: Result<Vec<_>, String> =
-        peers.into_iter().map(|(name, command)| Ok((name, figures(command)?))).collect();
-    print(&ours, &peers?);
-    Ok(())
-}
-
-fn gloo(python: &str) -> Command {
-    let mut command = Command::new(python);
-    command.arg("xtask/peers/gloo.py");
-    command
+    if options.ferrotorch {
+        peers.push(("ferrotorch", parse(&output(ferrotorch())?)));
+    }
+    Ok(table(&ours, &peers))
 }
 
 fn ferrotorch() -> Command {
@@ -46,17 +35,8 @@ fn ferrotorch() -> Command {
     command
 }
 
-pub(super) fn figures(mut command: Command) -> Result<Figures, String> {
-    let what = format!("{command:?}");
-    let output = command.current_dir(root()).output().map_err(|e| format!("{what}: {e}"))?;
-    if !output.status.success() {
-        return Err(format!("{what}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr)));
-    }
-    Ok(parse(&String::from_utf8_lossy(&output.stdout)))
-}
-
 /// The lines that are figures; programs may print others.
-fn parse(text: &str) -> Figures {
+pub(super) fn parse(text: &str) -> Figures {
     let line = |line: &str| {
         let fields: Vec<&str> = line.split('\t').collect();
         let number = |at: usize| fields.get(at).and_then(|field| field.parse::<f64>().ok());
@@ -67,24 +47,23 @@ fn parse(text: &str) -> Figures {
     text.lines().filter_map(line).collect()
 }
 
-pub(super) fn print(ours: &Figures, peers: &[(&str, Figures)]) {
-    let names: String = peers.iter().map(|(name, _)| format!("{name:>12} {:>7}", "times")).collect();
-    println!("{:>5}  {:<14} {:>9} {:>11} {:>9}{names}", "ranks", "op", "bytes", "sconce", "of limit");
-    for ((ranks, op, bytes), figure) in ours {
-        let of_limit =
-            figure.limit.map_or("-".to_owned(), |l| format!("{:.0} %", 100.0 * l / figure.seconds));
-        let beside = |(_, figures): &(&str, Figures)| {
-            figures.get(&(*ranks, op.clone(), *bytes)).map_or(format!("{:>12} {:>7}", "-", "-"), |peer| {
-                format!("{:>12} {:>7.1}", time(peer.seconds), peer.seconds / figure.seconds)
-            })
-        };
-        let peers: String = peers.iter().map(beside).collect();
-        println!("{ranks:>5}  {op:<14} {bytes:>9} {:>11} {of_limit:>9}{peers}", time(figure.seconds));
+/// Ours beside the limit and beside each peer.
+pub(super) fn table(ours: &Figures, peers: &[(&str, Figures)]) -> Table {
+    let beside = peers.iter().flat_map(|(name, _)| [(*name).to_owned(), format!("times {name}")]);
+    let columns = ["ranks", "op", "bytes", "sconce", "of limit"].map(str::to_owned);
+    let mut table = Table::new(columns.into_iter().chain(beside));
+    for (key @ (ranks, op, bytes), figure) in ours {
+        let of_limit = figure.limit.map_or(Cell::None, |limit| Cell::Share(limit / figure.seconds));
+        let mut row = vec![Cell::Count(*ranks), Cell::Text(op.clone()), Cell::Bytes(*bytes as f64)];
+        row.extend([Cell::Seconds(figure.seconds), of_limit]);
+        for (_, figures) in peers {
+            row.extend(figures.get(key).map_or([Cell::None, Cell::None], |peer| {
+                [Cell::Seconds(peer.seconds), Cell::Times(peer.seconds / figure.seconds)]
+            }));
+        }
+        table.rows.push(row);
     }
-}
-
-fn time(seconds: f64) -> String {
-    if seconds < 1e-3 { format!("{:.1} us", seconds * 1e6) } else { format!("{:.2} ms", seconds * 1e3) }
+    table
 }
 
 #[cfg(test)]
@@ -98,5 +77,14 @@ mod tests {
         assert_eq!(figures.len(), 2);
         assert_eq!(figures[&key(4, "all_reduce", 4096)], Figure { seconds: 0.5, limit: None });
         assert_eq!(figures[&key(2, "broadcast", 64)], Figure { seconds: 0.5, limit: Some(0.25) });
+    }
+
+    #[test]
+    fn a_peer_that_did_not_measure_a_case_leaves_it_empty() {
+        let ours = parse("2\tall_reduce\t4096\t0.5\n2\tbroadcast\t64\t0.5\t100\t400\n");
+        let table = table(&ours, &[("gloo", parse("2\tbroadcast\t64\t2\n"))]);
+        assert_eq!(table.columns[5..], ["gloo", "times gloo"]);
+        assert_eq!(table.rows[0][4..], [Cell::None, Cell::None, Cell::None]);
+        assert_eq!(table.rows[1][4..], [Cell::Share(0.5), Cell::Seconds(2.0), Cell::Times(4.0)]);
     }
 }

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::process::Command;
 
-use super::USAGE;
-use crate::root;
+use super::table::{Cell, Table};
+use super::{Options, cargo_bench, output};
 
 /// What one program measured: `(ranks, model, what)` → seconds.
 type Figures = BTreeMap<(usize, String, String), f64>;
@@ -14,33 +14,15 @@ type Figures = BTreeMap<(usize, String, String), f64>;
 const KEEP_MEMORY: [(&str, &str); 2] =
     [("MALLOC_TRIM_THRESHOLD_", "4294967296"), ("MALLOC_MMAP_THRESHOLD_", "1073741824")];
 
-/// Measures ours, and torch's if `--torch PYTHON` names an interpreter.
-pub(super) fn run(arguments: &[String]) -> Result<(), String> {
-    let torch = match arguments {
-        [] => None,
-        [option, python] if option == "--torch" => Some(python),
-        _ => return Err(USAGE.to_owned()),
-    };
-    let mut ours = Command::new(env!("CARGO"));
-    ours.args(["bench", "-q", "-p", "sconce-fsdp", "--bench", "step"]);
-    let ours = figures(ours)?;
-    let torch = torch.map(|python| {
-        let mut command = Command::new(python);
-        command.arg("xtask/peers/fsdp.py");
-        figures(command)
-    });
-    print(&ours, &torch.transpose()?.unwrap_or_default());
-    Ok(())
+pub(super) fn measure(options: &Options) -> Result<Table, String> {
+    let ours = figures(cargo_bench("-p sconce-fsdp --bench step"))?;
+    let torch = options.torch_peer("fsdp.py").map(figures).transpose()?;
+    Ok(table(&ours, &torch.unwrap_or_default()))
 }
 
 fn figures(mut command: Command) -> Result<Figures, String> {
-    let what = format!("{command:?}");
-    let output =
-        command.envs(KEEP_MEMORY).current_dir(root()).output().map_err(|e| format!("{what}: {e}"))?;
-    if !output.status.success() {
-        return Err(format!("{what}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr)));
-    }
-    Ok(parse(&String::from_utf8_lossy(&output.stdout)))
+    command.envs(KEEP_MEMORY);
+    Ok(parse(&output(command)?))
 }
 
 /// The lines that are figures; programs may print others.
@@ -52,26 +34,26 @@ fn parse(text: &str) -> Figures {
     text.lines().filter_map(line).collect()
 }
 
-fn print(ours: &Figures, torch: &Figures) {
-    println!(
-        "{:>5}  {:<12} {:<18} {:>11} {:>14} {:>11} {:>14}",
-        "ranks", "model", "what", "sconce", "of plain", "torch", "of torch"
-    );
+/// Torch's figure of a kind (`passes`, `step`) stands beside all of ours of that kind.
+fn table(ours: &Figures, torch: &Figures) -> Table {
+    let mut table = Table::new(["ranks", "model", "what", "sconce", "of plain", "torch", "of torch"]);
     for ((ranks, model, what), seconds) in ours {
         let kind = what.rsplit(' ').next().unwrap_or(what);
-        let beside = |figures: &Figures, what: String| figures.get(&(*ranks, model.clone(), what)).copied();
-        let share =
-            |other: Option<f64>| other.map_or("-".to_owned(), |other| format!("{:.3}", seconds / other));
-        let torch = beside(torch, kind.to_owned());
-        let time = |seconds: f64| format!("{:.2} ms", seconds * 1e3);
-        println!(
-            "{ranks:>5}  {model:<12} {what:<18} {:>11} {:>14} {:>11} {:>14}",
-            time(*seconds),
-            share(beside(ours, format!("plain {kind}"))),
-            torch.map_or("-".to_owned(), time),
-            share(torch)
-        );
+        let beside =
+            |figures: &Figures, what: &str| figures.get(&(*ranks, model.clone(), what.to_owned())).copied();
+        let share = |other: Option<f64>| other.map_or(Cell::None, |other| Cell::Times(seconds / other));
+        let torch = beside(torch, kind);
+        table.rows.push(vec![
+            Cell::Count(*ranks),
+            Cell::Text(model.clone()),
+            Cell::Text(what.clone()),
+            Cell::Seconds(*seconds),
+            share(beside(ours, &format!("plain {kind}"))),
+            torch.map_or(Cell::None, Cell::Seconds),
+            share(torch),
+        ]);
     }
+    table
 }
 
 #[cfg(test)]

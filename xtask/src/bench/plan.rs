@@ -1,56 +1,42 @@
 //! `cargo xtask bench plan`: planning for 1,024 ranks, ours beside torch's.
 
 use std::collections::BTreeMap;
-use std::process::Command;
 
-use super::USAGE;
-use crate::root;
+use super::table::{Cell, Table};
+use super::{Options, cargo_bench, output};
 
-/// Measures ours, and torch's if `arguments` name a Python that has it.
-pub(super) fn run(arguments: &[String]) -> Result<(), String> {
-    let python = match arguments {
-        [] => None,
-        [flag, python] if flag == "--torch" => Some(python),
-        _ => return Err(USAGE.to_owned()),
-    };
-    let mut ours = Command::new(env!("CARGO"));
-    ours.args("bench -q -p sconce-checkpoint --no-default-features --bench plan".split(' '));
-    let ours = figures(ours)?;
-    let torch = python.map(|python| {
-        let mut command = Command::new(python);
-        command.arg("xtask/peers/plan.py");
-        figures(command)
-    });
-    let torch: BTreeMap<String, (f64, f64)> = torch.transpose()?.unwrap_or_default().into_iter().collect();
-    println!("{:<32} {:>8} {:>8} {:>9} {:>6} {:>9}", "what", "s", "MB", "torch s", "times", "torch MB");
+pub(super) fn measure(options: &Options) -> Result<Table, String> {
+    let ours = parse(&output(cargo_bench("-p sconce-checkpoint --no-default-features --bench plan"))?);
+    let torch = options.torch_peer("plan.py").map(output).transpose()?;
+    let torch: BTreeMap<_, _> = parse(&torch.unwrap_or_default()).into_iter().collect();
+    let mut table = Table::new(["what", "seconds", "size", "torch", "times torch", "torch's size"]);
+    let cell =
+        |number: Option<f64>, kind: fn(f64) -> Cell| number.filter(|n| *n > 0.0).map_or(Cell::None, kind);
     for (what, (seconds, bytes)) in ours {
         let peer = torch.get(&what);
-        let cell = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));
-        let times = peer.filter(|_| seconds > 0.0).map(|(theirs, _)| format!("{:.0}", theirs / seconds));
-        let (theirs, their_mb) = (cell(peer.map(|p| p.0)), cell(peer.map(|p| p.1 / 1e6)));
-        let times = times.unwrap_or_else(|| "-".to_owned());
-        println!("{what:<32} {seconds:>8.2} {:>8.1} {theirs:>9} {times:>6} {their_mb:>9}", bytes / 1e6);
+        table.rows.push(vec![
+            Cell::Text(what.clone()),
+            cell(Some(seconds), Cell::Seconds),
+            cell(Some(bytes), Cell::Bytes),
+            cell(peer.map(|peer| peer.0), Cell::Seconds),
+            cell(peer.filter(|_| seconds > 0.0).map(|peer| peer.0 / seconds), Cell::Times),
+            cell(peer.map(|peer| peer.1), Cell::Bytes),
+        ]);
     }
-    Ok(())
+    Ok(table)
 }
 
 /// What was measured, and its (seconds, bytes).
 type Figure = (String, (f64, f64));
 
-fn figures(mut command: Command) -> Result<Vec<Figure>, String> {
-    let what = format!("{command:?}");
-    let output = command.current_dir(root()).output().map_err(|e| format!("{what}: {e}"))?;
-    if !output.status.success() {
-        return Err(format!("{what}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr)));
-    }
-    let text = String::from_utf8_lossy(&output.stdout);
-    Ok(text.lines().filter_map(parse).collect())
-}
-
-fn parse(line: &str) -> Option<Figure> {
-    let fields: Vec<&str> = line.split('\t').collect();
-    let number = |at: usize| fields.get(at)?.parse::<f64>().ok();
-    Some(((*fields.first()?).to_owned(), (number(1)?, number(2)?)))
+/// The lines that are figures; programs may print others.
+fn parse(text: &str) -> Vec<Figure> {
+    let line = |line: &str| {
+        let fields: Vec<&str> = line.split('\t').collect();
+        let number = |at: usize| fields.get(at)?.parse::<f64>().ok();
+        Some(((*fields.first()?).to_owned(), (number(1)?, number(2)?)))
+    };
+    text.lines().filter_map(line).collect()
 }
 
 #[cfg(test)]
@@ -59,7 +45,6 @@ mod tests {
 
     #[test]
     fn lines_that_are_no_figures_are_left_out() {
-        assert_eq!(parse("global plan\t0.5\t7"), Some(("global plan".to_owned(), (0.5, 7.0))));
-        assert_eq!(parse("a warning"), None);
+        assert_eq!(parse("a warning\nglobal plan\t0.5\t7"), [("global plan".to_owned(), (0.5, 7.0))]);
     }
 }

@@ -1,24 +1,14 @@
 //! `cargo xtask bench redistribute`: ours beside torch's DTensor on gloo, in one run and one table.
 
-use std::process::Command;
+use super::collectives::{parse, table};
+use super::table::Table;
+use super::{Options, cargo_bench, output};
 
-use super::USAGE;
-use super::collectives::{figures, print};
-
-/// Measures ours, and torch by the Python that `arguments` name.
-pub(super) fn run(arguments: &[String]) -> Result<(), String> {
+pub(super) fn measure(options: &Options) -> Result<Table, String> {
     let mut peers = Vec::new();
-    match arguments {
-        [] => {}
-        [torch, python] if torch == "--torch" => {
-            let mut command = Command::new(python);
-            command.arg("xtask/peers/redistribute.py");
-            peers.push(("torch", figures(command)?));
-        }
-        _ => return Err(USAGE.to_owned()),
+    if let Some(torch) = options.torch_peer("redistribute.py") {
+        peers.push(("torch", parse(&output(torch)?)));
     }
-    let mut ours = Command::new(env!("CARGO"));
-    ours.args("bench -q -p sconce-dtensor --bench redistribute".split(' '));
-    print(&figures(ours)?, &peers);
-    Ok(())
+    let ours = parse(&output(cargo_bench("-p sconce-dtensor --bench redistribute"))?);
+    Ok(table(&ours, &peers))
 }
