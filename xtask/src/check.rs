@@ -50,13 +50,21 @@ pub(crate) fn run() -> Result<(), String> {
     // Full and read-only disks are small file systems that the tests mount.
     let mount =
         "id -u | grep -qx 0 || { echo '!!! LEFT OUT: full and read-only disks, which need root'; exit 0; }";
-    shell(&format!("{mount}; cargo test -p sconce-checkpoint --test every_byte disk -- --ignored"))?;
+    shell(&format!("{mount}; cargo test --workspace --test every_byte disk -- --ignored"))?;
     cargo("test -p sconce-mesh --no-default-features --features launcher", &[])?;
     shell(&format!("{main_job} -- --steps 6"))?;
-    cargo("run -q -p sconce-dtensor --example tensor_parallel", &[])?;
+    // Without `-p`: what the tests have built has the features of the whole workspace.
+    cargo("run -q --example tensor_parallel", &[])?;
     // Trainers that take the checkpoints alone, with and without a tensor library.
-    cargo("run -q -p sconce-checkpoint --example plain_trainer", &[])?;
+    cargo("run -q --example plain_trainer", &[])?;
     cargo("run -q -p sconce-checkpoint --no-default-features --example raw_bytes", &[])?;
+    // What others wrote: a model to fine-tune, a checkpoint of PyTorch's.
+    cargo("run -q --example finetune", &[])?;
+    cargo(
+        "run -q --features sconce-checkpoint/torch --example load_torch -- \
+         crates/testkit/fixtures/torch/dcp/hsdp_even/checkpoint",
+        &[],
+    )?;
     demo::run(&["elastic".to_owned()])?;
     cargo("test -p sconce-mesh --no-default-features --features tracing --lib span", &[])?;
     soak::run(&["--minutes", "0.2"].map(str::to_owned))?;

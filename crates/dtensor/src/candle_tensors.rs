@@ -5,9 +5,9 @@ use std::any::Any;
 use candle_core::Tensor;
 use sconce_mesh::DType;
 
-use crate::candle_bytes::{deep_copy, dtype_of, read_bytes, write_bytes};
+use crate::candle_bytes::{deep_copy, dtype_of, read_bytes, write_bytes, zeros};
 use crate::error::CandleContext;
-use crate::{LocalTensor, Result, TensorBox, Value, run_boxes};
+use crate::{Error, LocalTensor, Result, TensorBox, TensorBuf, Value, run_boxes};
 
 /// Boxes of a global tensor whose elements lie one box after the other in a 1-D candle tensor.
 ///
@@ -89,10 +89,29 @@ impl LocalTensor for FlatTensor {
 }
 
 impl<'a> TryFrom<&Tensor> for Value<'a> {
-    type Error = crate::Error;
+    type Error = Error;
 
     /// A whole tensor that shares its storage with the value: loading into the value is seen by the tensor.
     fn try_from(tensor: &Tensor) -> Result<Self> {
         Ok(Value::Tensor(Box::new(FlatTensor::whole(tensor)?)))
+    }
+}
+
+impl TryFrom<&TensorBuf> for Tensor {
+    type Error = Error;
+
+    /// A copy of a buffer that holds a whole tensor, such as `load_new` of `sconce-checkpoint` makes.
+    ///
+    /// # Errors
+    /// `ShapeMismatch` for a buffer that holds a part of a tensor, `Mesh` for a dtype that candle lacks.
+    fn try_from(buffer: &TensorBuf) -> Result<Self> {
+        let tensor = zeros(buffer.global_shape(), buffer.dtype())?;
+        if buffer.bytes().len() != tensor.elem_count() * buffer.dtype().size_bytes() {
+            let got = buffer.local_boxes().iter().flat_map(|part| part.sizes.clone()).collect();
+            let what = "a buffer that should hold a whole tensor".to_owned();
+            return Err(Error::ShapeMismatch { what, expected: buffer.global_shape().to_vec(), got });
+        }
+        write_bytes(&tensor, &mut |bytes| bytes.copy_from_slice(buffer.bytes()))?;
+        Ok(tensor)
     }
 }

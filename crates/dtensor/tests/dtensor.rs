@@ -14,7 +14,7 @@ use std::time::Duration;
 use candle_core::{DType as CandleDType, Device, Tensor, Var};
 use common::{mesh, numbers, tensor};
 use sconce_dtensor::Placement::{self, Partial, Replicate, Shard};
-use sconce_dtensor::{DTensor, DType, LocalTensor, Result};
+use sconce_dtensor::{DTensor, DType, LocalTensor, Result, TensorBox, TensorBuf};
 use sconce_mesh::{ProcessGroup, ReduceOp};
 use sconce_testkit::run_ranks;
 
@@ -225,4 +225,17 @@ f32[6, 5] as [R, S(0), R] on mesh [2, 2, 2]
     assert_eq!(pictures[0][1], expected);
     assert_eq!(pictures[0][2], "f32[6] as [R, R, R] on mesh [2, 2, 2]\nall of it on ranks 0 1 2 3 4 5 6 7");
     assert!(pictures[0][3].ends_with("\nrank 7: [1, 1, 1]+[1, 1, 1]"), "{}", pictures[0][3]);
+}
+
+/// What a load into new memory gives becomes a candle tensor if it is whole.
+#[test]
+fn a_whole_buffer_becomes_a_tensor_and_a_part_does_not() {
+    let bytes: Vec<u8> = (0..6).flat_map(|i| (i as f32).to_le_bytes()).collect();
+    let whole = TensorBuf::new(DType::F32, &[2, 3], bytes.clone()).unwrap();
+    let tensor = Tensor::try_from(&whole).unwrap();
+    assert_eq!(tensor.to_vec2::<f32>().unwrap(), [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]);
+    let rows = TensorBox { offsets: vec![2, 0], sizes: vec![2, 3] };
+    let part = TensorBuf::from_boxes(DType::F32, &[4, 3], vec![rows], bytes).unwrap();
+    let error = Tensor::try_from(&part).unwrap_err();
+    assert!(matches!(error, sconce_dtensor::Error::ShapeMismatch { .. }), "{error}");
 }
