@@ -91,7 +91,7 @@ impl Trained {
     }
 }
 
-/// What a rank allocates whatever the size of its units: the graph, buffers of matrix products, the collectives' lists.
+/// What a rank allocates whatever the size of its units: the graph, the collectives' lists.
 const FIXED_BYTES: f64 = (896 << 10) as f64;
 
 /// Bytes of a peak in units, without this rank's shards, what activations take at most (a few tensors of the batch's
@@ -102,7 +102,19 @@ fn in_units(peak: usize, before: usize) -> f64 {
     ((peak - before) as f64 - shards - activations - FIXED_BYTES) / unit_bytes()
 }
 
+/// Runs a layer's three products: each thread that computes one packs its operands into memory that it keeps, as much
+/// as the caches of the machine ask for.
+fn warm_up() {
+    let ones = |rows, columns| Tensor::ones((rows, columns), DType::F32, &Device::Cpu).unwrap();
+    let (x, w) = (ones(BATCH, width()), ones(width(), width()));
+    for _ in 0..4 {
+        let products = [x.matmul(&w.t().unwrap()), x.matmul(&w), x.t().unwrap().matmul(&x)];
+        products.into_iter().for_each(|product| drop(product.unwrap()));
+    }
+}
+
 fn measure(world: &ProcessGroup, kind: Kind, strategy: ShardingStrategy, overlap: Overlap) -> (f64, f64) {
+    warm_up();
     let before = live_bytes();
     let mut trained = Trained::new(world, kind, strategy, overlap);
     trained.step();

@@ -10,7 +10,7 @@
 //! - *Nobody reads what I write.* My half (p + 1) % 2 was passed on at p − 1. Who reads it has not arrived at p,
 //!   but I have crossed p, so all have.
 //! - *Memory order.* An arrival is a release and the crossing an acquire of the same counter, see
-//!   [`Barrier`]; what a peer wrote before it arrived is visible after. Its tests explore every interleaving of small
+//!   [`Barrier`]; what a peer wrote before it arrived is visible after. Its tests explore interleavings of small
 //!   worlds.
 //! - *One writer a half.* A `Stage` is made once for each rank ([`Stage::claim`]) and is not `Clone`.
 //! - *After a failure* the stage is gone, consumed by the crossing that failed.

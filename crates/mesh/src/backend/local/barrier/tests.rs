@@ -1,4 +1,4 @@
-//! Every interleaving of small worlds, by loom: no rank reads a half that another writes, and all get through.
+//! The interleavings of small worlds up to a bound of preemptions, by loom: no rank reads a half that another writes, and all get through.
 
 use loom::cell::UnsafeCell;
 use loom::sync::atomic::AtomicU32 as LoomU32;
