@@ -49,7 +49,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
 pub(crate) fn build() -> Result<(), String> {
     for arguments in [
         "build -q -p sconce-mesh --features launcher --bin sconce-run",
-        "build -q -p sconce-fsdp --example train_elastic",
+        "build -q --example train_elastic",
     ] {
         let status = Command::new(env!("CARGO")).args(arguments.split(' ')).current_dir(root()).status();
         match status {

@@ -12,7 +12,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
         _ => return Err("usage: cargo xtask faults [CELL]".to_owned()),
     };
     let mut command = Command::new(env!("CARGO"));
-    command.args("test -q -p sconce-testkit --test fault_matrix -- --nocapture".split(' '));
+    command.args("test -q --workspace --test fault_matrix -- --nocapture".split(' '));
     let status =
         command.env(name, value).current_dir(root()).status().map_err(|e| format!("{command:?}: {e}"))?;
     if status.success() { Ok(()) } else { Err(status.to_string()) }
