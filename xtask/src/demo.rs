@@ -47,10 +47,9 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
 
 /// Builds the launcher and the trainer.
 pub(crate) fn build() -> Result<(), String> {
-    for arguments in [
-        "build -q -p sconce-mesh --features launcher --bin sconce-run",
-        "build -q --example train_elastic",
-    ] {
+    for arguments in
+        ["build -q -p sconce-mesh --features launcher --bin sconce-run", "build -q --example train_elastic"]
+    {
         let status = Command::new(env!("CARGO")).args(arguments.split(' ')).current_dir(root()).status();
         match status {
             Ok(status) if status.success() => {}
