@@ -3,6 +3,7 @@
 //! A plan is one line of text, which a failing test prints and anyone can give it again. What operations there are is
 //! found by running once with an empty plan: [`Faults::seen`].
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
@@ -101,6 +102,10 @@ pub enum Verdict {
     Corrupt,
 }
 
+thread_local! {
+    static LOOKING_ON: Cell<bool> = const { Cell::new(false) };
+}
+
 /// One rank's faults: it counts the operations and strikes. Clones are the same.
 #[derive(Debug, Clone)]
 pub struct Faults {
@@ -117,8 +122,11 @@ impl Faults {
         Faults { plan, mark: mark.into(), counts: Arc::default() }
     }
 
-    /// This rank has come to `operation`.
+    /// This rank has come to `operation`. While this thread looks on ([`Faults::looking_on`]) it has not.
     pub fn at(&self, operation: &str) -> Verdict {
+        if LOOKING_ON.get() {
+            return Verdict::GoOn;
+        }
         let nth = {
             let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
             let count = counts.entry(operation.to_owned()).or_default();
@@ -127,6 +135,15 @@ impl Faults {
         };
         let is_due = |plan: &&FaultPlan| plan.point.operation == operation && plan.point.nth == nth;
         self.plan.as_ref().filter(is_due).map_or(Verdict::GoOn, |plan| self.strike(plan.fault))
+    }
+
+    /// Runs `look`, what a test does to see what came of its operations: nothing that this thread comes to meanwhile is a
+    /// point of a plan.
+    pub fn looking_on<R>(look: impl FnOnce() -> R) -> R {
+        let before = LOOKING_ON.replace(true);
+        let seen = look();
+        LOOKING_ON.set(before);
+        seen
     }
 
     fn strike(&self, fault: Fault) -> Verdict {
@@ -189,6 +206,15 @@ mod tests {
         let seen: Vec<_> = struck.seen().into_iter().map(|p| (p.operation, p.nth)).collect();
         let expected = [("read", 0), ("write", 0), ("write", 1), ("write", 2)];
         assert_eq!(seen, expected.map(|(operation, nth)| (operation.to_owned(), nth)));
+    }
+
+    #[test]
+    fn what_a_test_looks_at_is_no_point() {
+        let dir = tempfile::tempdir().unwrap();
+        let faults = Faults::new(0, Some(plan("0@read#1=error")), dir.path().join("mark"));
+        assert_eq!(faults.at("read"), Verdict::GoOn);
+        assert_eq!(Faults::looking_on(|| faults.at("read")), Verdict::GoOn);
+        assert_eq!(faults.at("read"), Verdict::Fail);
     }
 
     #[test]

@@ -108,11 +108,13 @@ fn state<T: LocalTensor + 'static>(
 
 fn bytes(state: &StateDict<'_>) -> Vec<u8> {
     let mut all = vec![];
-    for tensor in state.flat_tensors().unwrap().values() {
-        for index in 0..tensor.local_boxes().len() {
-            tensor.read_box(index, &mut |bytes| all.extend_from_slice(bytes)).unwrap();
+    Faults::looking_on(|| {
+        for tensor in state.flat_tensors().unwrap().values() {
+            for index in 0..tensor.local_boxes().len() {
+                tensor.read_box(index, &mut |bytes| all.extend_from_slice(bytes)).unwrap();
+            }
         }
-    }
+    });
     all
 }
 

@@ -30,6 +30,8 @@ const SLICE: Duration = Duration::from_millis(20);
 /// How long a connection may take to say hello. Members do so at once; a process that only connects must not keep them
 /// waiting behind it.
 const HELLO: Duration = Duration::from_secs(2);
+/// How long the leader of a group that failed waits for members who are still on their way.
+const LATE: Duration = Duration::from_secs(1);
 /// Pause between two looks whether a door is open.
 const RETRY: Duration = Duration::from_millis(1);
 
@@ -64,6 +66,11 @@ impl Patience<'_> {
         let Some(watch) = self.watch else { return Ok(()) };
         let departed = || self.needed.iter().copied().find(|rank| watch.has_departed(*rank));
         watch.look().or_else(departed).map_or(Ok(()), |rank| Err(Stop::Lost(rank)))
+    }
+
+    /// What a closed connection means: that the leader went away, unless it was the loss of a rank that made it go.
+    fn closed(&self) -> Stop {
+        self.watch.and_then(Watch::look).map_or(Stop::Closed, Stop::Lost)
     }
 
     /// Waits until `fd` can be read.
@@ -123,18 +130,52 @@ impl Offer {
         guests: &mut Vec<Guest>,
     ) -> Result<(), Stop> {
         while guests.len() + 1 < group_size {
-            patience.readable(&self.listener)?;
-            let stream = match self.listener.accept() {
-                Ok((stream, _)) => stream,
-                Err(error) if is_passing(&error) => continue,
-                Err(error) => return Err(Stop::System(system("accept", error))),
-            };
-            // Who does not prove to be a member is sent away; the members are still to come.
-            let Some(guest) = self.greet(stream, patience)? else { continue };
-            let expected = (1..group_size).contains(&guest.group_rank);
-            if expected && guests.iter().all(|other| other.group_rank != guest.group_rank) {
-                guests.push(guest);
+            self.admit_one(group_size, patience, guests)?;
+        }
+        Ok(())
+    }
+
+    /// Lets those in who still come to a group that failed, but not for long and not for ranks that are gone.
+    pub(super) fn admit_late(&self, size: usize, is_gone: impl Fn(usize) -> bool, guests: &mut Vec<Guest>) {
+        let end = Instant::now() + LATE;
+        let awaited = |guests: &[Guest]| {
+            (1..size).any(|g| !is_gone(g) && guests.iter().all(|guest| guest.group_rank != g))
+        };
+        while awaited(guests) && Instant::now() < end {
+            let patience =
+                Patience { deadline: Some(end.min(Instant::now() + SLICE)), watch: None, needed: &[] };
+            match self.admit_one(size, &patience, guests) {
+                Ok(()) | Err(Stop::Deadline) => {}
+                Err(_) => return,
             }
+        }
+    }
+
+    /// Returns once somebody stands at the door.
+    #[cfg(test)]
+    pub(super) fn await_knock(&self) {
+        let patience = Patience { deadline: None, watch: None, needed: &[] };
+        assert!(patience.readable(&self.listener).is_ok());
+    }
+
+    /// Waits for one connection, which may be no member's.
+    fn admit_one(
+        &self,
+        group_size: usize,
+        patience: &Patience<'_>,
+        guests: &mut Vec<Guest>,
+    ) -> Result<(), Stop> {
+        patience.readable(&self.listener)?;
+        let stream = match self.listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if is_passing(&error) => return Ok(()),
+            Err(error) => return Err(Stop::System(system("accept", error))),
+        };
+        // Who does not prove to be a member is sent away; the members are still to come.
+        let Some(guest) = self.greet(stream, patience)? else { return Ok(()) };
+        let expected = (1..group_size).contains(&guest.group_rank);
+        if expected && guests.iter().all(|other| other.group_rank != guest.group_rank) {
+            guests.push(guest);
         }
         Ok(())
     }
@@ -188,7 +229,7 @@ pub(super) fn fetch(
     let (name, token) = split(address);
     let address =
         SocketAddr::from_abstract_name(name).map_err(|error| Stop::System(system("socket name", error)))?;
-    let stream = UnixStream::connect_addr(&address).map_err(|_| Stop::Closed)?;
+    let stream = UnixStream::connect_addr(&address).map_err(|_| patience.closed())?;
     let hello = [token.as_bytes(), &(group_rank as u32).to_le_bytes()].concat();
     let sent = if own.is_empty() {
         (&stream).write_all(&hello).is_ok()
@@ -196,13 +237,13 @@ pub(super) fn fetch(
         send_fds(&stream, &hello, own).is_ok()
     };
     if !sent {
-        return Err(Stop::Closed);
+        return Err(patience.closed());
     }
     let mut fds = Vec::new();
     while fds.len() < expected {
         patience.readable(&stream)?;
         match receive_fds(&stream, &mut [0; 1], &mut fds) {
-            Ok(0) | Err(_) => return Err(Stop::Closed),
+            Ok(0) | Err(_) => return Err(patience.closed()),
             Ok(_) => {}
         }
     }

@@ -70,6 +70,11 @@ impl Watch {
         self.world.rank_word(rank.0, RankWord::Membership).load(Ordering::Acquire) == DEPARTED
     }
 
+    /// Whether `rank` departed or was lost first.
+    pub(super) fn is_gone(&self, rank: Rank) -> bool {
+        self.has_departed(rank) || self.recorded() == Some(rank)
+    }
+
     /// Leaves the world: departed, or lost if a panic is what takes this rank away.
     pub(super) fn leave(&self, panicking: bool) {
         if panicking {

@@ -2,16 +2,20 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 
 use super::bootstrap::{Guest, Offer, Patience, Stop, fetch, fetch_when_open};
+use super::failure::{self, Cause};
 use super::ffi::Mapping;
 use super::identity::{self, Identity};
 use super::liveness::Watch;
 use super::{Membership, memfd, system};
 use crate::{Error, Rank, Result, Store};
+
+/// How much longer than the leader of a group its members wait: for what it says on the way, however late both wake.
+const LEADERS_WORD: Duration = Duration::from_secs(1);
 
 /// What a process gets when it joins its world.
 pub(super) struct Joined {
@@ -119,11 +123,11 @@ impl Roll<'_> {
 
     fn is_late(&self) -> bool {
         // Stores count their deadlines in their own ways.
-        self.started.elapsed() + std::time::Duration::from_millis(20) >= self.world.timeout
+        self.started.elapsed() + Duration::from_millis(20) >= self.world.timeout
     }
 
     fn late(&self) -> Error {
-        timeout(self.world, self.signed())
+        timed_out(self.world, self.signed())
     }
 
     /// The error of ranks on several hosts, if there are any.
@@ -193,39 +197,85 @@ fn joined(world: &Membership, fds: Vec<OwnedFd>, address: &str) -> Result<Joined
 }
 
 /// Makes a group's segment and hands it to the other members.
+///
+/// Where nothing comes of the group, the segment says why: members return the leader's error, whatever they would have
+/// found out by themselves.
 pub(super) fn lead(offer: &Offer, group: &Membership, watch: &Watch) -> Result<Arc<Mapping>> {
     let (fd, mapping) = memfd::create(group.geometry())?;
-    let mut guests = Vec::new();
-    let admitted = offer.admit(group.ranks.len(), &patience(group, watch), &mut guests);
-    admitted.map_err(|stop| stopped(stop, group, present(group, &guests)))?;
+    let (mut guests, size) = (Vec::new(), group.ranks.len());
+    let needed = &group.ranks;
+    let patience =
+        Patience { deadline: Instant::now().checked_add(group.timeout), watch: Some(watch), needed };
+    let admitted = offer.admit(size, &patience, &mut guests).map_err(|stop| {
+        let present = present(group, &guests);
+        failure::record(&mapping, cause(&stop, group, &present));
+        if let Stop::Lost(_) = stop {
+            offer.admit_late(size, |g| watch.is_gone(group.ranks[g]), &mut guests);
+        }
+        stopped(stop, group, present)
+    });
     guests.iter().for_each(|guest| guest.give(&[&fd]));
-    Ok(Arc::new(mapping))
+    admitted.map(|()| Arc::new(mapping))
+}
+
+/// What the leader records for the other members.
+fn cause(stop: &Stop, group: &Membership, present: &[bool]) -> Cause {
+    match stop {
+        Stop::Deadline => Cause::Timeout(present.to_vec()),
+        Stop::Lost(rank) => {
+            group.ranks.iter().position(|other| other == rank).map_or(Cause::Aborted(0), Cause::Departed)
+        }
+        Stop::Closed | Stop::System(_) => Cause::Aborted(0),
+    }
 }
 
 /// Fetches a group's segment from its leader.
 pub(super) fn follow(address: &str, group: &Membership, watch: &Watch) -> Result<Arc<Mapping>> {
     let own: [OwnedFd; 0] = [];
-    let fds = fetch(address, group.group_rank, &own, 1, &patience(group, watch));
-    let fds = fds.map_err(|stop| {
-        // All that a member knows is itself and the leader, whose door was open.
-        let known = (0..group.ranks.len()).map(|g| g == 0 || g == group.group_rank).collect();
-        stopped(stop, group, known)
-    })?;
-    let segment = fds.first().ok_or_else(|| system("recvmsg", "no segment"))?;
-    Ok(Arc::new(memfd::open(segment, group.geometry())?))
+    let needed = &group.ranks[..1];
+    let fetched = fetch(address, group.group_rank, &own, 1, &patience_of_member(group, watch, needed));
+    followed(fetched, group, watch)
 }
 
 /// Fetches a channel's segment from its sender, who may not have come yet.
 pub(super) fn follow_channel(address: &str, channel: &Membership, watch: &Watch) -> Result<Arc<Mapping>> {
-    let fds = fetch_when_open(address, channel.group_rank, 1, &patience(channel, watch));
-    let fds = fds.map_err(|stop| stopped(stop, channel, vec![false, true]))?;
-    let segment = fds.first().ok_or_else(|| system("recvmsg", "no segment"))?;
-    Ok(Arc::new(memfd::open(segment, channel.geometry())?))
+    let needed = &channel.ranks[..1];
+    let patience = patience_of_member(channel, watch, needed);
+    followed(fetch_when_open(address, channel.group_rank, 1, &patience), channel, watch)
 }
 
-fn patience<'a>(group: &'a Membership, watch: &'a Watch) -> Patience<'a> {
-    let deadline = Instant::now().checked_add(group.timeout);
-    Patience { deadline, watch: Some(watch), needed: &group.ranks }
+/// A member waits a little longer than the leader, whose word on who is missing it would rather have.
+fn patience_of_member<'a>(group: &Membership, watch: &'a Watch, needed: &'a [Rank]) -> Patience<'a> {
+    let deadline = Instant::now().checked_add(group.timeout.saturating_add(LEADERS_WORD));
+    Patience { deadline, watch: Some(watch), needed }
+}
+
+/// The segment that a member was given, or why there is none.
+fn followed(fetched: Result<Vec<OwnedFd>, Stop>, group: &Membership, watch: &Watch) -> Result<Arc<Mapping>> {
+    let fds = fetched.map_err(|stop| match stop {
+        // The leader would have said so if it were another.
+        Stop::Deadline => timeout(group, vec![group.ranks[group.group_rank]], vec![group.ranks[0]]),
+        stop => stopped(stop, group, Vec::new()),
+    })?;
+    let segment = fds.first().ok_or_else(|| system("recvmsg", "no segment"))?;
+    let mapping = memfd::open(segment, group.geometry())?;
+    match failure::read(&mapping) {
+        None => Ok(Arc::new(mapping)),
+        Some(cause) => Err(told(cause, group, watch)),
+    }
+}
+
+/// The leader's word as this member's error.
+fn told(cause: Cause, group: &Membership, watch: &Watch) -> Error {
+    match cause {
+        Cause::Timeout(present) => timed_out(group, present),
+        Cause::Departed(g) => lost(group, group.ranks[g]),
+        // Also where a rank outside the group was lost.
+        Cause::Aborted(g) => watch.look().map_or_else(
+            || Error::Aborted { group: group.group.clone(), rank: group.ranks[g] },
+            |rank| lost(group, rank),
+        ),
+    }
 }
 
 /// Which group ranks have come to the leader.
@@ -235,7 +285,7 @@ fn present(group: &Membership, guests: &[Guest]) -> Vec<bool> {
 
 fn stopped(stop: Stop, group: &Membership, present: Vec<bool>) -> Error {
     match stop {
-        Stop::Deadline => timeout(group, present),
+        Stop::Deadline => timed_out(group, present),
         Stop::Lost(rank) => lost(group, rank),
         Stop::Closed => lost(group, group.ranks[0]),
         Stop::System(error) => error,
@@ -247,16 +297,84 @@ fn lost(group: &Membership, rank: Rank) -> Error {
     Error::PeerLost { group: group.group.clone(), rank, reporter, op: "rendezvous".into(), seq: 0 }
 }
 
-fn timeout(group: &Membership, present: Vec<bool>) -> Error {
+fn timed_out(group: &Membership, present: Vec<bool>) -> Error {
     let (arrived, missing): (Vec<_>, Vec<_>) =
         group.ranks.iter().zip(present).partition(|(_, present)| *present);
     let name = |ranks: Vec<(&Rank, bool)>| ranks.into_iter().map(|(rank, _)| *rank).collect();
+    timeout(group, name(arrived), name(missing))
+}
+
+fn timeout(group: &Membership, arrived: Vec<Rank>, missing: Vec<Rank>) -> Error {
     Error::Timeout {
         group: group.group.clone(),
         op: "rendezvous".into(),
         seq: 0,
         timeout: group.timeout,
-        arrived: name(arrived),
-        missing: name(missing),
+        arrived,
+        missing,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::segment::Geometry;
+    use super::*;
+
+    const RANKS: usize = 3;
+
+    fn member(group_rank: usize) -> Membership {
+        let ranks = (0..RANKS).map(Rank).collect();
+        Membership { group: "g".into(), ranks, group_rank, timeout: Duration::from_millis(200) }
+    }
+
+    fn watches() -> Vec<Watch> {
+        let world = Arc::new(Mapping::anonymous(Geometry::new(RANKS)).unwrap());
+        (0..RANKS).map(|rank| Watch::new(Arc::clone(&world), Rank(rank), Vec::new())).collect()
+    }
+
+    /// What the leader and rank 1 say of a group to which rank 2 does not come. `before_leading` runs first, and
+    /// `before_following` on rank 1.
+    fn without_rank_2(
+        watches: &[Watch],
+        before_leading: impl FnOnce(&Offer),
+        before_following: impl FnOnce() + Send,
+    ) -> [Error; 2] {
+        let offer = Offer::open().unwrap();
+        let address = offer.address();
+        std::thread::scope(|scope| {
+            let follower = scope.spawn(|| {
+                before_following();
+                follow(&address, &member(1), &watches[1]).map(drop).unwrap_err()
+            });
+            before_leading(&offer);
+            let leader = lead(&offer, &member(0), &watches[0]).map(drop).unwrap_err();
+            [leader, follower.join().unwrap()]
+        })
+    }
+
+    #[test]
+    fn leader_and_member_name_the_same_missing_rank() {
+        for error in without_rank_2(&watches(), Offer::await_knock, || {}) {
+            let Error::Timeout { arrived, missing, .. } = error else { panic!("{error}") };
+            assert_eq!((arrived, missing), (vec![Rank(0), Rank(1)], vec![Rank(2)]));
+        }
+    }
+
+    #[test]
+    fn a_member_who_comes_after_the_leader_gave_up_names_the_same_departed_rank() {
+        let watches = watches();
+        watches[2].leave(false);
+        let late = || std::thread::sleep(Duration::from_millis(100));
+        for error in without_rank_2(&watches, |_| {}, late) {
+            assert!(matches!(error, Error::PeerLost { rank: Rank(2), .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn who_hears_nothing_from_the_leader_misses_the_leader() {
+        let offer = Offer::open().unwrap();
+        let error = follow(&offer.address(), &member(1), &watches()[1]).map(drop).unwrap_err();
+        let Error::Timeout { arrived, missing, .. } = error else { panic!("{error}") };
+        assert_eq!((arrived, missing), (vec![Rank(1)], vec![Rank(0)]));
     }
 }
