@@ -8,6 +8,8 @@ mod exchange;
 mod geometry;
 mod plan;
 #[cfg(feature = "candle")]
+mod plan_cache;
+#[cfg(feature = "candle")]
 mod reduce;
 #[cfg(feature = "candle")]
 mod run;
@@ -20,4 +22,6 @@ pub use exchange::ExchangePlan;
 #[cfg(feature = "candle")]
 pub(crate) use geometry::coordinate;
 pub use plan::plan;
+#[cfg(feature = "candle")]
+pub(crate) use plan_cache::known_plan;
 pub use step::{Action, Plan, Step};

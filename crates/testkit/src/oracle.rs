@@ -1,12 +1,14 @@
 //! What a redistribute must give and may cost, told so plainly that it is obviously right: ranks hold lists of indices,
 //! and costs are counted. It shares no code with sconce-dtensor.
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::rc::Rc;
 
 use sconce_mesh::ReduceOp;
 
 /// How a tensor lies along one mesh dim.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Place {
     /// Chunks of this tensor dim.
     Shard(usize),
@@ -68,28 +70,49 @@ pub fn lacking(shape: &[usize], mesh: &[usize], from: &[Place], to: &[Place]) ->
 }
 
 /// Elements that all ranks receive in the cheapest sequence of collectives, each along a single mesh dim, from one list of
-/// placements to the other: Bellman and Ford's search over all placements.
+/// placements to the other: all placements in the order of what it costs to come to them.
 pub fn cheapest_sequence(shape: &[usize], mesh: &[usize], from: &[Place], to: &[Place]) -> usize {
     let ops: Vec<ReduceOp> = from.iter().chain(to).filter_map(|place| op(*place)).collect();
     let shards = (0..shape.len()).map(Place::Shard);
     let terms = ops.into_iter().map(Place::Partial);
     let mut choices: Vec<Place> = shards.chain([Place::Replicate]).chain(terms).collect();
     choices.dedup();
+    let mut holdings = Holdings { shape, mesh, known: HashMap::new() };
     let mut costs: HashMap<Vec<Place>, usize> = HashMap::from([(from.to_vec(), 0)]);
-    let mut queue = vec![from.to_vec()];
-    while let Some(now) = queue.pop() {
+    let mut open = BinaryHeap::from([Reverse((0, from.to_vec()))]);
+    while let Some(Reverse((cost, now))) = open.pop() {
+        if now == to {
+            return cost;
+        }
+        if cost > costs[&now] {
+            continue;
+        }
         for (mesh_dim, choice) in (0..mesh.len()).flat_map(|dim| choices.iter().map(move |c| (dim, *c))) {
             let mut next = now.clone();
             next[mesh_dim] = choice;
-            let Some(step) = step_cost(shape, mesh, mesh_dim, &now, &next) else { continue };
-            let cost = costs[&now] + step;
-            if costs.get(&next).is_none_or(|known| cost < *known) {
-                costs.insert(next.clone(), cost);
-                queue.push(next);
+            let Some(step) = step_cost(&mut holdings, mesh_dim, &now, &next) else { continue };
+            if costs.get(&next).is_none_or(|known| cost + step < *known) {
+                costs.insert(next.clone(), cost + step);
+                open.push(Reverse((cost + step, next)));
             }
         }
     }
-    costs[to]
+    unreachable!("no sequence of collectives leads from {from:?} to {to:?}")
+}
+
+/// What all ranks hold, by placements.
+struct Holdings<'a> {
+    shape: &'a [usize],
+    mesh: &'a [usize],
+    known: HashMap<Vec<Place>, Rc<Vec<Held>>>,
+}
+
+impl Holdings<'_> {
+    fn of(&mut self, places: &[Place]) -> Rc<Vec<Held>> {
+        let all =
+            || coordinates(self.mesh).iter().map(|at| held(self.shape, self.mesh, at, places)).collect();
+        self.known.entry(places.to_vec()).or_insert_with(|| Rc::new(all())).clone()
+    }
 }
 
 fn op(place: Place) -> Option<ReduceOp> {
@@ -100,64 +123,54 @@ fn op(place: Place) -> Option<ReduceOp> {
 }
 
 /// What one collective along `mesh_dim` moves, which is all that differs; `None` if none does it.
-fn step_cost(
-    shape: &[usize],
-    mesh: &[usize],
-    mesh_dim: usize,
-    from: &[Place],
-    to: &[Place],
-) -> Option<usize> {
-    let n = mesh[mesh_dim];
-    let holds = |at: &[usize], places: &[Place]| held(shape, mesh, at, places);
+fn step_cost(holdings: &mut Holdings<'_>, mesh_dim: usize, from: &[Place], to: &[Place]) -> Option<usize> {
     let mut pending = to.iter().filter_map(|place| op(*place));
     if pending.next().is_some_and(|first| pending.any(|other| other != first)) {
         return None;
     }
+    let (mesh, before, after) = (holdings.mesh, holdings.of(from), holdings.of(to));
+    let n = mesh[mesh_dim];
     let mut cost = 0;
-    for at in coordinates(mesh) {
-        let (has, wants) = (holds(&at, from), holds(&at, to));
+    for (nth, at) in coordinates(mesh).iter().enumerate() {
+        let (has, wants) = (&before[nth], &after[nth]);
         match (from[mesh_dim], to[mesh_dim]) {
             (a, b) if a == b => return None,
             (Place::Partial(_), Place::Partial(_)) => return None,
             (Place::Replicate, Place::Partial(_)) => {}
             // Zeros around shards make terms of a sum, if the shards along the dim are all there is, each once.
             (Place::Shard(_), Place::Partial(ReduceOp::Sum)) => {
-                let shards = along(mesh, mesh_dim, &at).into_iter().map(|other| holds(&other, from));
-                if shards.map(|shard| common(&shard, &wants)).sum::<usize>() != numel(&wants) {
+                let shards = along(mesh, mesh_dim, nth).map(|other| &before[other]);
+                if shards.map(|shard| common(shard, wants)).sum::<usize>() != numel(wants) {
                     return None;
                 }
             }
             (Place::Shard(_), Place::Partial(_)) => return None,
             // Each rank takes n − 1 terms of what it wants, all of which the ranks along the dim must hold.
-            (Place::Partial(_), Place::Shard(_)) if common(&has, &wants) < numel(&wants) => return None,
-            (Place::Partial(_), Place::Shard(_)) => cost += (n - 1) * numel(&wants),
+            (Place::Partial(_), Place::Shard(_)) if common(has, wants) < numel(wants) => return None,
+            (Place::Partial(_), Place::Shard(_)) => cost += (n - 1) * numel(wants),
             // The same for its part, and then the others' parts: 2 (n − 1) / n of the tensor on each of n ranks.
-            (Place::Partial(_), _) if at[mesh_dim] == 0 => cost += 2 * (n - 1) * numel(&wants),
+            (Place::Partial(_), _) if at[mesh_dim] == 0 => cost += 2 * (n - 1) * numel(wants),
             (Place::Partial(_), _) => {}
             _ => {
-                let mut others: Vec<Held> =
-                    along(mesh, mesh_dim, &at).iter().map(|other| holds(other, from)).collect();
+                let mut others: Vec<&Held> = along(mesh, mesh_dim, nth).map(|other| &before[other]).collect();
                 others.sort();
                 others.dedup();
-                let found: usize = others.iter().map(|other| common(other, &wants)).sum();
-                if found < numel(&wants) {
+                let found: usize = others.iter().map(|other| common(other, wants)).sum();
+                if found < numel(wants) {
                     return None;
                 }
-                cost += numel(&wants) - common(&has, &wants);
+                cost += numel(wants) - common(has, wants);
             }
         }
     }
     Some(cost)
 }
 
-/// The coordinates that differ from `at` along one mesh dim at most.
-fn along(mesh: &[usize], mesh_dim: usize, at: &[usize]) -> Vec<Vec<usize>> {
-    let with = |i| {
-        let mut other = at.to_vec();
-        other[mesh_dim] = i;
-        other
-    };
-    (0..mesh[mesh_dim]).map(with).collect()
+/// The positions whose coordinates differ from those of the `nth` along one mesh dim at most.
+fn along(mesh: &[usize], mesh_dim: usize, nth: usize) -> impl Iterator<Item = usize> {
+    let stride: usize = mesh[mesh_dim + 1..].iter().product();
+    let first = nth - nth / stride % mesh[mesh_dim] * stride;
+    (0..mesh[mesh_dim]).map(move |i| first + i * stride)
 }
 
 #[cfg(test)]

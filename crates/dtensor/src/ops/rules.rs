@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use crate::{DTensorSpec, Error, Placement, Result, plan};
+use crate::redistribute::known_plan;
+use crate::{DTensorSpec, Error, Placement, Result};
 
 /// Along one mesh dim: how each operand must lie so that local parts suffice, and how the result then lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,7 +82,7 @@ impl Costs<'_> {
         for (nth, spec) in self.operands.iter().enumerate() {
             let to: Vec<Placement> = choice.iter().map(|rule| rule.inputs[nth]).collect();
             let cost = *self.known.entry((nth, to)).or_insert_with_key(|(_, to)| {
-                let plan = plan(&spec.shape, spec.mesh.shape(), &spec.placements, to).ok()?;
+                let plan = known_plan(&spec.shape, spec.mesh.shape(), &spec.placements, to).ok()?;
                 Some((plan.received_numel(), plan.steps.len()))
             });
             let cost = cost?;

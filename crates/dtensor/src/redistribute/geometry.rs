@@ -1,83 +1,108 @@
-//! What each rank of a mesh holds under given placements, and how many elements a step moves. Pure.
+//! What each rank of a mesh holds under given placements, and how many elements ranks lack of what they want. Pure.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::rc::Rc;
 
-use super::step::Action;
-use crate::{Placement, TensorBox, local_box};
+use crate::{Placement, chunk_range};
 
-/// One tensor on one mesh; remembers the boxes of placements that it was asked for.
+/// One tensor on one mesh; remembers the layouts that it was asked for.
 pub(super) struct Geometry<'a> {
-    pub(super) shape: &'a [usize],
-    pub(super) mesh_shape: &'a [usize],
-    boxes: RefCell<HashMap<Vec<Placement>, Rc<[TensorBox]>>>,
+    shape: &'a [usize],
+    mesh_shape: &'a [usize],
+    layouts: RefCell<HashMap<Vec<usize>, Rc<Layout>>>,
+    /// By mesh dims, as bits: the positions of the mesh whose coordinates are 0 along all other dims.
+    positions: RefCell<HashMap<u128, Rc<[usize]>>>,
+}
+
+/// What every rank of the mesh holds.
+pub(super) struct Layout {
+    /// Along each tensor dim of each rank, row-major.
+    ranges: Vec<Range<usize>>,
+    /// The mesh dims that split, as bits.
+    splitting: u128,
+    /// Ranks that hold the same element: chunks tile what is split, so that their number is that along all other dims.
+    copies: usize,
 }
 
 impl<'a> Geometry<'a> {
     pub(super) fn new(shape: &'a [usize], mesh_shape: &'a [usize]) -> Self {
-        Self { shape, mesh_shape, boxes: RefCell::default() }
+        Self { shape, mesh_shape, layouts: RefCell::default(), positions: RefCell::default() }
     }
 
-    /// The box of each coordinate of the mesh, row-major.
-    fn boxes(&self, placements: &[Placement]) -> Rc<[TensorBox]> {
-        if let Some(known) = self.boxes.borrow().get(placements) {
+    /// What ranks hold where each mesh dim splits the given tensor dim; what is no tensor dim splits nothing.
+    pub(super) fn layout(&self, dims: &[usize]) -> Rc<Layout> {
+        if let Some(known) = self.layouts.borrow().get(dims) {
             return Rc::clone(known);
         }
-        let n_ranks = self.mesh_shape.iter().product::<usize>();
-        let held =
-            |nth| local_box(self.shape, self.mesh_shape, &coordinate(self.mesh_shape, nth), placements);
-        let boxes: Rc<[TensorBox]> = (0..n_ranks).map(held).collect();
-        self.boxes.borrow_mut().insert(placements.to_vec(), Rc::clone(&boxes));
-        boxes
+        let ndim = self.shape.len();
+        let mut ranges: Vec<Range<usize>> = Vec::with_capacity(self.n_ranks() * ndim);
+        for nth in 0..self.n_ranks() {
+            let first = ranges.len();
+            ranges.extend(self.shape.iter().map(|len| 0..*len));
+            let mut stride = self.n_ranks();
+            for (dim, n_chunks) in dims.iter().zip(self.mesh_shape) {
+                stride /= n_chunks;
+                if *dim < ndim {
+                    let held = &mut ranges[first + dim];
+                    let chunk = chunk_range(held.len(), *n_chunks, nth / stride % n_chunks);
+                    *held = held.start + chunk.start..held.start + chunk.end;
+                }
+            }
+        }
+        let splitting = |mesh_dim: &usize| dims[*mesh_dim] < ndim;
+        let copies = (0..dims.len()).filter(|dim| !splitting(dim)).map(|dim| self.mesh_shape[dim]).product();
+        let splitting = (0..dims.len()).filter(splitting).map(|dim| 1 << dim).sum();
+        let layout = Rc::new(Layout { ranges, splitting, copies });
+        self.layouts.borrow_mut().insert(dims.to_vec(), Rc::clone(&layout));
+        layout
     }
 
-    fn numel(&self, placements: &[Placement]) -> usize {
-        self.boxes(placements).iter().map(TensorBox::numel).sum()
+    /// Number of dims of the tensor.
+    pub(super) fn ndim(&self) -> usize {
+        self.shape.len()
+    }
+
+    /// Number of elements of the whole tensor.
+    pub(super) fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Elements that all ranks together hold.
+    pub(super) fn held_numel(&self, layout: &Layout) -> usize {
+        self.numel() * layout.copies
     }
 
     /// Elements of `to` that the ranks do not hold under `from`, over all ranks.
-    fn lacking(&self, from: &[Placement], to: &[Placement]) -> usize {
-        let (held, wanted) = (self.boxes(from), self.boxes(to));
-        let each = held.iter().zip(wanted.iter());
-        each.map(|(held, wanted)| wanted.numel() - wanted.overlap_numel(held)).sum()
+    pub(super) fn lacking(&self, from: &Layout, to: &Layout) -> usize {
+        // Ranks that differ along dims that neither splits hold and want the same.
+        let positions = self.positions(from.splitting | to.splitting);
+        let common = |nth: &usize| overlap_numel(self.ranges(from, *nth), self.ranges(to, *nth));
+        let n_alike = self.n_ranks() / positions.len();
+        self.held_numel(to) - n_alike * positions.iter().map(common).sum::<usize>()
+    }
+
+    /// True if the ranks along `mesh_dim` together hold what each of them wants, every element once.
+    pub(super) fn adds_up(&self, mesh_dim: usize, from: &Layout, to: &Layout) -> bool {
+        let stride: usize = self.mesh_shape[mesh_dim + 1..].iter().product();
+        let n = self.mesh_shape[mesh_dim];
+        (0..self.n_ranks()).all(|nth| {
+            let first = nth - nth / stride % n * stride;
+            let wanted = self.ranges(to, nth);
+            let along = (0..n).map(|i| overlap_numel(self.ranges(from, first + i * stride), wanted));
+            along.sum::<usize>() == wanted.iter().map(Range::len).product::<usize>()
+        })
     }
 
     /// Ranks along `mesh_dims` together.
-    fn group_size(&self, mesh_dims: &[usize]) -> usize {
-        mesh_dims.iter().map(|dim| self.mesh_shape[*dim]).product()
-    }
-
-    /// Elements that all ranks receive in a reduction over `mesh_dims` that leaves the tensor under `to`: each rank
-    /// takes the others' terms of the part that it reduces, and from an all_reduce also the others' results.
-    pub(super) fn reduction_numel(&self, mesh_dims: &[usize], action: &Action, to: &[Placement]) -> usize {
-        let n = self.group_size(mesh_dims);
-        match action {
-            Action::AllReduce { .. } => 2 * (n - 1) * (self.numel(to) / n),
-            _ => (n - 1) * self.numel(to),
-        }
-    }
-
-    /// The one step between placements of which the same reductions are pending, and what it moves; `None` if they
-    /// are equal.
-    pub(super) fn movement(&self, from: &[Placement], to: &[Placement]) -> Option<(Action, usize)> {
-        if from == to {
-            return None;
-        }
-        let lacking = self.lacking(from, to);
-        let action = if lacking == 0 {
-            Action::Slice
-        } else if let Some(mesh_dims) = self.gathered_dims(from, to) {
-            Action::AllGather { mesh_dims }
-        } else {
-            Action::Exchange
-        };
-        Some((action, lacking))
+    pub(super) fn group_size(&self, mesh_dims: impl Iterator<Item = usize>) -> usize {
+        mesh_dims.map(|dim| self.mesh_shape[dim]).product()
     }
 
     /// The mesh dims over which `to` gathers the shards of `from`, if that is all that differs and the shards along
     /// them tile what each rank wants.
-    fn gathered_dims(&self, from: &[Placement], to: &[Placement]) -> Option<Vec<usize>> {
+    pub(super) fn gathered_dims(&self, from: &[Placement], to: &[Placement]) -> Option<Vec<usize>> {
         let changed: Vec<usize> =
             (0..from.len()).filter(|dim| from[*dim] != to[*dim] && self.mesh_shape[*dim] > 1).collect();
         let gathers = changed.iter().all(|dim| to[*dim] == Placement::Replicate && !from[*dim].is_partial());
@@ -93,22 +118,30 @@ impl<'a> Geometry<'a> {
         })
     }
 
-    /// True if no rank wants what it does not hold.
-    pub(super) fn shrinks(&self, from: &[Placement], to: &[Placement]) -> bool {
-        self.boxes(from).iter().zip(self.boxes(to).iter()).all(|(held, wanted)| held.contains(wanted))
+    fn n_ranks(&self) -> usize {
+        self.mesh_shape.iter().product()
     }
 
-    /// True if the ranks along `mesh_dim` together hold what each of them wants, every element once.
-    pub(super) fn adds_up(&self, mesh_dim: usize, from: &[Placement], to: &[Placement]) -> bool {
-        let (held, wanted) = (self.boxes(from), self.boxes(to));
-        let stride: usize = self.mesh_shape[mesh_dim + 1..].iter().product();
-        let n = self.mesh_shape[mesh_dim];
-        (0..held.len()).all(|nth| {
-            let first = nth - nth / stride % n * stride;
-            let along = (0..n).map(|i| held[first + i * stride].overlap_numel(&wanted[nth]));
-            along.sum::<usize>() == wanted[nth].numel()
-        })
+    /// What the `nth` rank holds.
+    fn ranges<'l>(&self, layout: &'l Layout, nth: usize) -> &'l [Range<usize>] {
+        &layout.ranges[nth * self.shape.len()..][..self.shape.len()]
     }
+
+    fn positions(&self, dims: u128) -> Rc<[usize]> {
+        let find = || {
+            let first = |nth: &usize| {
+                let at = coordinate(self.mesh_shape, *nth);
+                at.iter().enumerate().all(|(dim, index)| *index == 0 || dims >> dim & 1 == 1)
+            };
+            (0..self.n_ranks()).filter(first).collect()
+        };
+        Rc::clone(self.positions.borrow_mut().entry(dims).or_insert_with(find))
+    }
+}
+
+/// Number of elements that two boxes have in common.
+fn overlap_numel(a: &[Range<usize>], b: &[Range<usize>]) -> usize {
+    a.iter().zip(b).map(|(a, b)| a.end.min(b.end).saturating_sub(a.start.max(b.start))).product()
 }
 
 /// The coordinate of the `nth` position of a row-major mesh.

@@ -1,11 +1,13 @@
 //! Carries the steps of a plan out on a DTensor's process groups.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 use sconce_mesh::ReduceOp;
 
 use super::carry::Part;
 use super::reduce::{all_reduce, reduce_scatter};
-use super::{Action, ExchangePlan, Move, Plan, Step, exchange, plan};
+use super::{Action, ExchangePlan, Move, Plan, Step, exchange, known_plan};
 use crate::candle_bytes::{deep_copy, read_bytes, write_bytes, zeros};
 use crate::candle_tensors::FlatTensor;
 use crate::dtensor::slice;
@@ -37,7 +39,7 @@ impl DTensor {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn redistribute(&self, placements: &[Placement]) -> Result<DTensor> {
-        let plan = self.plan(placements)?;
+        let plan = self.known_plan(placements)?;
         if plan.steps.is_empty() {
             return Ok(self.clone());
         }
@@ -47,7 +49,7 @@ impl DTensor {
 
     /// This rank's part under `placements`, for a computation after which its gradient has the placements `grads`.
     pub(crate) fn lend(&self, placements: &[Placement], grads: &[Placement]) -> Result<Tensor> {
-        let plan = self.plan(placements)?;
+        let plan = self.known_plan(placements)?;
         let own = grad_placements(self.placements());
         if plan.steps.is_empty() && own == grads {
             return Ok(self.to_local().clone());
@@ -67,7 +69,11 @@ impl DTensor {
     /// # Errors
     /// `InvalidPlacement`.
     pub fn plan(&self, placements: &[Placement]) -> Result<Plan> {
-        plan(self.shape(), self.device_mesh().shape(), self.placements(), placements)
+        Ok(Plan::clone(&*self.known_plan(placements)?))
+    }
+
+    fn known_plan(&self, placements: &[Placement]) -> Result<Arc<Plan>> {
+        known_plan(self.shape(), self.device_mesh().shape(), self.placements(), placements)
     }
 
     /// [`DTensor::plan`] as text: each step, and what moves.

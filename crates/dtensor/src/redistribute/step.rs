@@ -17,8 +17,8 @@ use crate::{Placement, placement::picture};
 /// let plan = plan(&[8, 8], &[2, 2], &[Partial(ReduceOp::Sum), Shard(0)], &[Replicate, Replicate])?;
 /// assert_eq!(plan.to_string(), "\
 /// [P(sum), S(0)] -> [R, R], shape [8, 8] on mesh [2, 2]: all ranks together receive 256 elements
-///   1. reduce_scatter sum over mesh dim 0 -> [S(1), S(0)]: 64 elements
-///   2. all_gather over mesh dims 0, 1 -> [R, R]: 192 elements");
+///   1. all_reduce sum over mesh dim 0 -> [R, S(0)]: 128 elements
+///   2. all_gather over mesh dim 1 -> [R, R]: 128 elements");
 /// # Ok::<(), sconce_dtensor::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]

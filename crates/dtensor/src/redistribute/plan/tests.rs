@@ -1,5 +1,7 @@
 //! Plans as tables, and what must hold of every plan.
 
+use sconce_mesh::ReduceOp;
+
 use super::*;
 use Placement::{Partial, Replicate, Shard};
 
@@ -66,6 +68,25 @@ fn replicas_of_a_term_are_sliced_before_it_is_reduced() {
 }
 
 #[test]
+fn terms_of_a_nested_split_are_made_after_a_gather() {
+    // Along mesh dim 0 the chunks of [S(0), S(0)] are not what ranks want under [P, S(0)].
+    let to = [Partial(SUM), Shard(0)];
+    let plan = plan(&[2], &[2, 2], &[Shard(0), Shard(0)], &to).unwrap();
+    assert_eq!((plan.to(), plan.received_numel()), (&to[..], 2), "{plan}");
+}
+
+#[test]
+fn terms_that_stay_are_reduced_and_made_again_where_moving_each_costs_more() {
+    let (from, to) = ([Partial(SUM), Shard(0)], [Partial(SUM), Replicate]);
+    let plan = plan(&[8, 8], &[2, 4], &from, &to).unwrap();
+    let made = Action::MakePartial { mesh_dim: 0, op: SUM };
+    let actions: Vec<&Action> = plan.steps.iter().map(|step| &step.action).collect();
+    assert_eq!(actions, [&reduce_scatter(&[0]), &gather(&[1]), &made], "{plan}");
+    // Gathering both terms would move 2 x 3 x 64 elements.
+    assert_eq!(plan.received_numel(), 64 + 3 * 64, "{plan}");
+}
+
+#[test]
 fn one_pending_reduction_cannot_become_another() {
     let refused = plan(&[4], &[2], &[Partial(SUM)], &[Partial(ReduceOp::Max)]).unwrap_err();
     let expected = "placements [P(max)]: a pending sum cannot become a pending max (mesh dim 0)";
@@ -88,5 +109,7 @@ fn a_thousand_ranks_are_planned_in_the_time_of_a_call() {
     {
         plan(&[8192, 8192], &[32, 32], &from, &to).unwrap();
     }
+    let (from, to) = ([Partial(SUM), Shard(0), Shard(1)], [Partial(SUM), Replicate, Shard(0)]);
+    plan(&[64, 64, 64, 64], &[8, 16, 8], &from, &to).unwrap();
     assert!(started.elapsed() < std::time::Duration::from_secs(2), "{:?}", started.elapsed());
 }
