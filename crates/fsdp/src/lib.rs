@@ -29,6 +29,7 @@ mod sharded;
 mod state_dict;
 mod strategy;
 mod summon;
+mod trace;
 mod unit;
 mod wrap;
 

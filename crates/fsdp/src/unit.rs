@@ -13,6 +13,7 @@ use crate::grad_sync::Reduction;
 use crate::pass::Pass;
 use crate::shard::Shard;
 use crate::strategy::Groups;
+use crate::trace::{self, Begun};
 use crate::{Result, UnitOutput};
 
 /// One wrapped group of parameters. All ranks of the mesh hold the same units in the same order.
@@ -41,6 +42,8 @@ struct State {
     gradients: Vec<Option<Tensor>>,
     /// The reduced gradient of the shard, summed over the backwards since the last step.
     shard_gradient: Option<Vec<f32>>,
+    /// While backward is in the unit.
+    backward: Option<Begun>,
 }
 
 /// Where a unit's whole parameters are.
@@ -72,7 +75,8 @@ impl Unit {
         let UnitParts { index, name, flat, shard, slot, cells, groups, reshard_after_forward, trains, pass } =
             parts;
         let gradients = vec![None; flat.trainable().len()];
-        let state = Mutex::new(State { params: Params::Freed, gradients, shard_gradient: None });
+        let state =
+            Mutex::new(State { params: Params::Freed, gradients, shard_gradient: None, backward: None });
         let unit = Arc::new(Self {
             name,
             flat: Arc::new(flat),
@@ -93,6 +97,14 @@ impl Unit {
     /// Gathers the parameters, runs `forward`, marks its outputs for backward, and frees the parameters if the
     /// strategy says so.
     pub(crate) fn run<O: UnitOutput>(
+        &self,
+        inputs: &[&Tensor],
+        forward: impl FnOnce() -> candle_core::Result<O>,
+    ) -> candle_core::Result<O> {
+        trace::forward(&self.name, || self.run_inside(inputs, forward))
+    }
+
+    fn run_inside<O: UnitOutput>(
         &self,
         inputs: &[&Tensor],
         forward: impl FnOnce() -> candle_core::Result<O>,
@@ -196,6 +208,7 @@ impl Unit {
 
     /// Before the first op of the unit in backward.
     pub(crate) fn pre_backward(&self) -> Result<()> {
+        self.state().backward.get_or_insert_with(|| Begun::backward(&self.name));
         self.unshard()?;
         self.pass.backward_reached(self.index)
     }
@@ -219,6 +232,8 @@ impl Unit {
     /// After every gradient that the loss reaches: frees the parameters, reduces the gradients.
     pub(crate) fn post_backward(&self) -> Result<()> {
         self.reshard()?;
+        // Its computation is over; what follows is the reduction's.
+        self.state().backward = None;
         let reduces_beside = self.pass.overlap.reduce && self.groups.n_ranks() > 1;
         // A gather ahead waits for its turn after the reduction that begins here, whose gradients lie in memory until
         // then: keeping a buffer for it would make the peak a unit higher.
