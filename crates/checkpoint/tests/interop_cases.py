@@ -55,7 +55,7 @@ def local_tensor(rng):
     made = random_bytes(rng, random_shape(rng), rng.choice(DTYPES))
     for _ in range(rng.randrange(3)):
         dims = made.dim()
-        way = rng.randrange(7)
+        way = rng.randrange(8)
         if way == 0 and dims:
             order = list(range(dims))
             rng.shuffle(order)
@@ -72,7 +72,13 @@ def local_tensor(rng):
             made = made.expand([3 if size == 1 else size for size in made.shape])
         elif way == 6 and made.dtype.is_floating_point and made.dtype.itemsize > 1:
             made = torch.nn.Parameter(made)
+        elif way == 7 and made.dtype == torch.complex64:
+            made = made.conj() if rng.random() < 0.5 else made.clone().conj().imag
     return made
+
+
+def plain_tensor(made):
+    return made.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
 def sharded_tensor(rng, meshes):
@@ -142,7 +148,7 @@ def state_of(rng, meshes, depth=0, values=True):
 def flat(value, at, tensors, values):
     below = lambda key: f"{at}.{key}" if at else str(key)
     if isinstance(value, torch.Tensor):
-        tensors[at] = value.detach().clone(memory_format=torch.contiguous_format)
+        tensors[at] = plain_tensor(value)
     elif isinstance(value, dict):
         for key, item in value.items():
             flat(item, below(key), tensors, values)
@@ -223,7 +229,7 @@ def flat_state(rng, meshes):
         if rng.random() < 0.7:
             state[name], whole[name] = sharded_tensor(rng, meshes)
         else:
-            state[name] = whole[name] = local_tensor(rng).detach().clone(memory_format=torch.contiguous_format)
+            state[name] = whole[name] = plain_tensor(local_tensor(rng))
     return state, whole
 
 
@@ -301,7 +307,7 @@ def alone(out, count, seed):
         folder = f"{out}/{kind}_{nth:03}"
         os.makedirs(folder)
         tensors = {f"layers.{n}.w": local_tensor(rng) for n in range(rng.randrange(1, 6))}
-        contiguous = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        contiguous = {name: plain_tensor(t) for name, t in tensors.items()}
         if kind in ("pt", "unflattened"):
             shared = torch.arange(24.0)
             state = {"model": tensors, "all": shared, "odd": shared.view(4, 6)[:, 1::2], "turned": shared.view(4, 6).t(),
