@@ -48,7 +48,7 @@ impl<'g> Ranks<'g> {
     }
 
     /// The group, if there is somebody to talk to.
-    fn others(self) -> Option<&'g ProcessGroup> {
+    pub(crate) fn others(self) -> Option<&'g ProcessGroup> {
         self.0.filter(|group| group.size() > 1)
     }
 

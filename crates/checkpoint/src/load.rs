@@ -41,8 +41,8 @@ pub enum Verify {
     /// already.
     #[default]
     AsRead,
-    /// All blocks that any rank needs before anything is copied: after an error the state is on every rank as it was.
-    /// Every byte is read twice.
+    /// All blocks that any rank needs before anything is copied, and each again when it is: damage that is there when the
+    /// load begins leaves the state on every rank as it was. Every byte is read twice.
     BeforeRead,
     /// Never.
     Off,
@@ -72,7 +72,8 @@ pub fn load(path: impl AsRef<Path>, state: &mut StateDict<'_>) -> Result<LoadRep
 
 /// Loads a checkpoint into the state of all ranks of a group, in place, whatever layout it was saved under.
 ///
-/// Every rank reads the bytes that it lacks and no others, but for the blocks that checksums cover.
+/// Blocks of which one rank wants a part are read by it; of which several do, by one of them, which hands the others their
+/// parts: all ranks together read each byte once, and replicas what one of them reads. Memory: at most 64 MiB a rank.
 ///
 /// Ranks: collective over `options.group`; all ranks see the same file system.
 ///

@@ -76,13 +76,23 @@ impl Metadata {
         self.tensors.binary_search_by(|tensor| tensor.fqn.as_str().cmp(fqn)).ok()
     }
 
-    /// A number that two checkpoints share only by chance: of the files' checksums and the values that are no tensors.
+    /// A number that two checkpoints share only by chance: of the files' checksums, of what lies where
+    /// in them, and of the values that are no tensors.
     pub(crate) fn fingerprint(&self) -> Result<u32> {
         let mut hasher = crc32fast::Hasher::new();
         for file in &self.files {
             hasher.update(file.name.as_bytes());
             hasher.update(&file.len_bytes.to_le_bytes());
             file.block_crcs.iter().flatten().for_each(|crc| hasher.update(&crc.to_le_bytes()));
+        }
+        for tensor in &self.tensors {
+            let mut places = tensor.fqn.clone().into_bytes();
+            for ChunkStorageMetadata { bounds, file, offset_bytes } in &tensor.chunks {
+                let numbers = bounds.offsets.iter().chain(&bounds.sizes).chain([file]);
+                numbers.for_each(|n| places.extend_from_slice(&n.to_le_bytes()));
+                places.extend_from_slice(&offset_bytes.to_le_bytes());
+            }
+            hasher.update(&places);
         }
         let tree = serde_json::to_vec(&self.tree);
         hasher.update(&tree.map_err(|e| Error::Tensor { fqn: String::new(), cause: e.to_string() })?);

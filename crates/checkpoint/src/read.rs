@@ -1,22 +1,28 @@
 //! Carries out what a load planned: each byte run is read once and copied into its place, verified on the way.
 //!
 //! ```text
-//! blocks that one rank needs      that rank: read 1 MiB, compare the checksum, copy the wanted runs out of it
-//! blocks that several ranks need  one of them does that; when all have, the others copy their exact runs unverified
+//! blocks that one rank wants      that rank: read 1 MiB, compare the checksum, copy the wanted runs out of it
+//! blocks that several ranks want  one of them does that, and hands the others theirs (`exchange`)
 //! ```
 //!
 //! Plans nothing: which boxes are read is the planner's business.
 
 mod blocks;
 mod copy;
-mod share;
+mod division;
+mod exchange;
+mod request;
+mod runs;
+mod stream;
+mod takers;
 mod targets;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use indexmap::IndexMap;
-use sconce_dtensor::{Fqn, LocalTensor, StateDict};
+use sconce_dtensor::{Fqn, StateDict};
+use sconce_mesh::ProcessGroup;
 
 use crate::coordinate::Ranks;
 use crate::load::Verify;
@@ -25,9 +31,13 @@ use crate::plan::{LoadPlan, ReadItem};
 use crate::storage::{DataFile, StorageReader};
 use crate::{Error, Result};
 
-use blocks::Marks;
 pub(crate) use blocks::Verified;
-use copy::{Copier, runs_of};
+use blocks::{Marks, Wants};
+use copy::{Own, open_file};
+use division::Division;
+use exchange::Exchange;
+use runs::ItemRuns;
+use takers::Takers;
 use targets::{Copying, Job};
 
 /// What one rank reads, and the files that it reads from.
@@ -37,23 +47,14 @@ pub(crate) struct Reads<'p> {
     files: Vec<Option<Box<dyn DataFile>>>,
     /// In the order in which they lie in files, so that blocks that several of them share are read once.
     tensors: Vec<TensorReads<'p>>,
-    /// Blocks that this rank touches.
-    touched: Marks,
+    /// What this rank wants of each block.
+    wants: Wants,
 }
 
 /// What is read for one tensor, by the position of its boxes.
 struct TensorReads<'p> {
     fqn: &'p str,
     boxes: BTreeMap<usize, Vec<&'p ReadItem>>,
-}
-
-/// Which of its pieces a rank copies in a pass over its targets.
-#[derive(Clone, Copy)]
-enum Pass<'m> {
-    /// Those in marked blocks, verified.
-    Marked(&'m Marks),
-    /// The others, as they are.
-    Unmarked(&'m Marks),
 }
 
 impl<'p> Reads<'p> {
@@ -69,7 +70,7 @@ impl<'p> Reads<'p> {
     ) -> Result<Self> {
         let tensors = state.flat_tensors().map_err(|error| Error::tensor("", &error))?;
         let mut by_tensor = IndexMap::<&str, BTreeMap<usize, Vec<&ReadItem>>>::new();
-        let mut touched = Marks::none(metadata);
+        let mut wants = Wants::none(metadata);
         let mut is_read = vec![false; metadata.files.len()];
         for item in &plan.items {
             let wanted = tensors.get(&Fqn(item.fqn.clone())).and_then(|t| t.local_boxes().get(item.index));
@@ -80,7 +81,7 @@ impl<'p> Reads<'p> {
             })?;
             let saved = &metadata.tensors[item.saved];
             is_read[saved.chunks[item.chunk].file] = true;
-            runs_of(item, saved, wanted).for_each(|run| touched.mark(&run));
+            wants.add(&ItemRuns::new(&item.part, item.chunk, saved, wanted));
             by_tensor.entry(&item.fqn).or_default().entry(item.index).or_default().push(item);
         }
         let tensors = by_tensor.into_iter().map(|(fqn, boxes)| TensorReads { fqn, boxes });
@@ -90,7 +91,7 @@ impl<'p> Reads<'p> {
         tensors.sort_by_key(first);
         let open = |(file, is_read)| if is_read { reader.open(file).map(Some) } else { Ok(None) };
         let files = metadata.files.iter().zip(is_read).map(open).collect::<Result<_>>()?;
-        Ok(Self { metadata, files, tensors, touched })
+        Ok(Self { metadata, files, tensors, wants })
     }
 
     /// Reads everything into `state`, in step with the other ranks.
@@ -98,40 +99,44 @@ impl<'p> Reads<'p> {
     /// # Errors
     /// `Corrupt`, `Io`, `Tensor`, as `Ranks` if there are several; within `PartlyLoaded` if tensors were overwritten.
     pub(crate) fn run(&self, ranks: Ranks<'_>, state: &mut StateDict<'_>, verify: Verify) -> Result<()> {
-        let nothing = Marks::none(self.metadata);
         if verify == Verify::Off {
-            return self.pass(ranks, "read", state, Pass::Unmarked(&nothing), BTreeSet::new()).map(drop);
+            let nobody = Division::nobody(self.metadata, ranks.size());
+            return self.read(ranks, state, &nobody, &Marks::none(self.metadata));
         }
-        let mine = share::divide(ranks, &self.touched)?;
+        let division = Division::of(ranks, self.metadata, &self.wants)?;
         if verify == Verify::BeforeRead {
-            ranks.all_ok("verify", self.verify(&mine))?;
-            return self.pass(ranks, "read", state, Pass::Unmarked(&nothing), BTreeSet::new()).map(drop);
+            ranks.all_ok("verify", self.verify(&division, ranks.position()))?;
         }
-        let overwritten = self.pass(ranks, "verify", state, Pass::Marked(&mine), BTreeSet::new())?;
-        self.pass(ranks, "read", state, Pass::Unmarked(&mine), overwritten).map(drop)
+        self.read(ranks, state, &division, &self.wants.marks())
     }
 
-    /// Compares the checksums of the marked blocks.
-    fn verify(&self, marks: &Marks) -> Result<()> {
-        let mut copier = Copier::new(self.metadata, &self.files, Pass::Marked(marks));
-        marks.iter().try_for_each(|(file, block)| copier.verify(file, block))
+    /// Compares the checksums of the blocks that this rank reads.
+    fn verify(&self, division: &Division, me: usize) -> Result<()> {
+        let mut verified = Verified::default();
+        let mut blocks = division.alone.iter().chain(division.shared[me].iter().copied());
+        blocks.try_for_each(|(file, block)| {
+            let data = open_file(&self.files, file);
+            verified.block(file, block, &self.metadata.files[file], data).map(drop)
+        })
     }
 
-    /// Copies the pieces of a pass on every rank. The names of what was overwritten in this and earlier passes.
-    fn pass(
+    /// Copies everything on every rank; of the `checked` blocks those that the division says, verified.
+    fn read(
         &self,
         ranks: Ranks<'_>,
-        step: &str,
         state: &mut StateDict<'_>,
-        pass: Pass<'_>,
-        earlier: BTreeSet<String>,
-    ) -> Result<BTreeSet<String>> {
-        let overwritten = Mutex::new(earlier);
-        let tensors = state.flat_tensors_mut().map_err(|error| Error::tensor("", &error))?;
-        let outcome = self.copy(ranks, tensors, pass, &overwritten);
-        let overwritten = overwritten.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-        match ranks.all_ok(step, outcome) {
-            Ok(()) => Ok(overwritten),
+        division: &Division,
+        checked: &Marks,
+    ) -> Result<()> {
+        let mut overwritten = BTreeSet::new();
+        let own = Own { alone: &division.alone, checked };
+        let outcome = self.read_own(ranks, state, own, &mut overwritten);
+        let outcome = match ranks.others().filter(|_| division.is_shared()) {
+            None => outcome,
+            Some(group) => self.read_shared((group, ranks), state, division, &mut overwritten, outcome),
+        };
+        match ranks.all_ok("read", outcome) {
+            Ok(()) => Ok(()),
             Err(cause @ Error::Mesh(_)) => Err(cause),
             Err(cause) => {
                 let all = ranks.gather_all("report", Ok(overwritten))?;
@@ -143,19 +148,39 @@ impl<'p> Reads<'p> {
         }
     }
 
-    fn copy<'s>(
-        &'s self,
+    /// What this rank reads by itself.
+    fn read_own(
+        &self,
         ranks: Ranks<'_>,
-        mut tensors: IndexMap<Fqn, &mut (dyn LocalTensor + '_)>,
-        pass: Pass<'_>,
-        overwritten: &Mutex<BTreeSet<String>>,
+        state: &mut StateDict<'_>,
+        own: Own<'_>,
+        overwritten: &mut BTreeSet<String>,
     ) -> Result<()> {
-        let job = |reads: &'s TensorReads<'p>| {
-            let tensor = tensors.swap_remove(&Fqn(reads.fqn.to_owned()))?;
-            Some(Job { reads, tensor })
-        };
+        let mut tensors = state.flat_tensors_mut().map_err(|error| Error::tensor("", &error))?;
+        let job = |reads| Some(Job { reads, tensor: tensors.swap_remove(&Fqn(reads.fqn.to_owned()))? });
         let jobs = self.tensors.iter().filter_map(job).collect();
-        targets::run(&Copying { reads: self, pass, overwritten }, jobs, ranks.threads())
+        let written = Mutex::new(std::mem::take(overwritten));
+        let outcome =
+            targets::run(&Copying { reads: self, own, overwritten: &written }, jobs, ranks.threads());
+        *overwritten = written.into_inner().unwrap_or_else(PoisonError::into_inner);
+        outcome
+    }
+
+    /// What ranks read for each other.
+    fn read_shared(
+        &self,
+        (group, ranks): (&ProcessGroup, Ranks<'_>),
+        state: &mut StateDict<'_>,
+        division: &Division,
+        overwritten: &mut BTreeSet<String>,
+        outcome: Result<()>,
+    ) -> Result<()> {
+        let tensors = state.flat_tensors_mut().map_err(|error| Error::tensor("", &error))?;
+        let mut takers = Takers::new(self, division, tensors);
+        let exchange = Exchange::prepare(self, (group, ranks), division, &takers)?;
+        let outcome = exchange.run(&mut takers, outcome);
+        overwritten.extend(takers.written().map(str::to_owned));
+        outcome
     }
 }
 

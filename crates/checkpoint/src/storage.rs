@@ -87,8 +87,22 @@ pub trait DataFile: Send + Sync {
 }
 
 impl Metadata {
-    /// Refuses chunks that are not inside their tensors and files: what a reader says is not believed.
+    /// Refuses chunks that are not inside their tensors and files, and files of which a block has no checksum while others
+    /// have: what a reader says is not believed.
     pub(crate) fn check_ranges(&self, at: &std::path::Path) -> Result<()> {
+        for file in &self.files {
+            let expected = file.len_bytes.div_ceil(crate::BLOCK_BYTES);
+            let got = file.block_crcs.as_ref().map(|crcs| crcs.len() as u64);
+            if got.is_some_and(|got| got != expected) {
+                return Err(Error::Corrupt {
+                    path: at.to_owned(),
+                    what: format!("checksums of {}", file.name),
+                    offset_bytes: 0,
+                    expected: format!("one of each of {expected} blocks"),
+                    got: format!("{}", got.unwrap_or(0)),
+                });
+            }
+        }
         for tensor in &self.tensors {
             for chunk in &tensor.chunks {
                 let len =

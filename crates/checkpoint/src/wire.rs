@@ -68,7 +68,8 @@ fn tensor(from: &mut &[u8]) -> Option<HeldTensor> {
     Some(HeldTensor { fqn, dtype, shape, boxes })
 }
 
-fn numbers(from: &mut &[u8], n: usize) -> Option<Vec<usize>> {
+/// `n` numbers.
+pub(crate) fn numbers(from: &mut &[u8], n: usize) -> Option<Vec<usize>> {
     let mut numbers = Vec::with_capacity(n.min(from.len()));
     for _ in 0..n {
         numbers.push(number(from)?);
@@ -87,7 +88,8 @@ fn take<'b>(from: &mut &'b [u8], n: usize) -> Option<&'b [u8]> {
     Some(taken)
 }
 
-fn push(bytes: &mut Vec<u8>, mut n: usize) {
+/// Appends a number.
+pub(crate) fn push(bytes: &mut Vec<u8>, mut n: usize) {
     while n >= 0x80 {
         bytes.push(n as u8 | 0x80);
         n >>= 7;
@@ -95,7 +97,8 @@ fn push(bytes: &mut Vec<u8>, mut n: usize) {
     bytes.push(n as u8);
 }
 
-fn number(from: &mut &[u8]) -> Option<usize> {
+/// A number that [`push`] appended.
+pub(crate) fn number(from: &mut &[u8]) -> Option<usize> {
     let mut n = 0usize;
     for nth in 0..10 {
         let (byte, rest) = from.split_first()?;

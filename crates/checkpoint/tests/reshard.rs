@@ -165,14 +165,14 @@ fn what_one_rank_cannot_load_no_rank_loads() {
         assert!(errors.iter().all(|error| error == &errors[0]), "{errors:?}");
         errors.into_iter().next().unwrap()
     };
-    let check_cause = |error: Error| {
+    let check_cause = |error: Error, at: &str| {
         let Error::Ranks { step, failures } = error else { panic!("{error}") };
-        assert_eq!((step.as_str(), failures.len(), failures[0].rank), ("verify", 1, 2));
+        assert_eq!((step.as_str(), failures.len(), failures[0].rank), (at, 1, 2));
         assert!(matches!(&failures[0].error, Error::Corrupt { path, .. } if *path == file));
     };
-    check_cause(errors(Verify::BeforeRead));
+    check_cause(errors(Verify::BeforeRead), "verify");
     // The other two ranks have copied what they verified; every rank says so.
     let Error::PartlyLoaded { overwritten, cause } = errors(Verify::AsRead) else { panic!("not partly") };
     assert_eq!(overwritten, ["t"]);
-    check_cause(*cause);
+    check_cause(*cause, "read");
 }

@@ -191,29 +191,64 @@ pub fn copy_runs(
     src: &TensorBox,
     dst: &TensorBox,
 ) -> impl Iterator<Item = CopyRun> + use<> {
-    let ndim = overlap.sizes.len();
-    let (mut split, mut len) = (ndim, 1);
-    while split > 0 {
-        split -= 1;
-        len *= overlap.sizes[split];
-        if overlap.sizes[split] != src.sizes[split] || overlap.sizes[split] != dst.sizes[split] {
-            break;
+    let runs = CopyRuns::new(overlap, src, dst);
+    (0..runs.count).map(move |nth| runs.run(nth))
+}
+
+/// What [`copy_runs`] goes through, each run to be had by its number: all are equally long, and both their beginnings
+/// only grow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CopyRuns {
+    /// Sizes of the dims that are gone through, and the strides of both boxes along them.
+    outer: Vec<(usize, usize, usize)>,
+    src_base: usize,
+    dst_base: usize,
+    len: usize,
+    count: usize,
+}
+
+impl CopyRuns {
+    /// The runs that move `overlap`, which lies in both boxes.
+    pub fn new(overlap: &TensorBox, src: &TensorBox, dst: &TensorBox) -> Self {
+        let ndim = overlap.sizes.len();
+        let (mut split, mut len) = (ndim, 1);
+        while split > 0 {
+            split -= 1;
+            len *= overlap.sizes[split];
+            if overlap.sizes[split] != src.sizes[split] || overlap.sizes[split] != dst.sizes[split] {
+                break;
+            }
         }
+        let (src_base, src_strides) = base_and_strides(overlap, src);
+        let (dst_base, dst_strides) = base_and_strides(overlap, dst);
+        let strides = src_strides.into_iter().zip(dst_strides);
+        let outer = overlap.sizes[..split].iter().zip(strides).map(|(size, (src, dst))| (*size, src, dst));
+        let outer: Vec<_> = outer.collect();
+        let count = if len == 0 { 0 } else { outer.iter().map(|(size, ..)| size).product() };
+        Self { outer, src_base, dst_base, len, count }
     }
-    let outer = overlap.sizes[..split].to_vec();
-    let (src_base, src_strides) = base_and_strides(overlap, src);
-    let (dst_base, dst_strides) = base_and_strides(overlap, dst);
-    let count = if len == 0 { 0 } else { outer.iter().product() };
-    (0..count).map(move |nth| {
-        let (mut left, mut src, mut dst) = (nth, src_base, dst_base);
-        for dim in (0..outer.len()).rev() {
-            let index = left % outer[dim];
-            left /= outer[dim];
-            src += index * src_strides[dim];
-            dst += index * dst_strides[dim];
+
+    /// Number of runs.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Elements of each run.
+    pub fn run_len(&self) -> usize {
+        self.len
+    }
+
+    /// The run at a position below [`CopyRuns::count`].
+    pub fn run(&self, nth: usize) -> CopyRun {
+        let (mut left, mut src, mut dst) = (nth, self.src_base, self.dst_base);
+        for (size, src_stride, dst_stride) in self.outer.iter().rev() {
+            let index = left % size;
+            left /= size;
+            src += index * src_stride;
+            dst += index * dst_stride;
         }
-        CopyRun { src, dst, len }
-    })
+        CopyRun { src, dst, len: self.len }
+    }
 }
 
 /// Where `part` begins inside `whole`, and the row-major strides of `whole`.

@@ -31,7 +31,7 @@ mod spec;
 mod state_dict;
 mod tensor_view;
 
-pub use boxes::{CopyRun, TensorBox, copy_runs, run_boxes, uncovered};
+pub use boxes::{CopyRun, CopyRuns, TensorBox, copy_runs, run_boxes, uncovered};
 #[cfg(feature = "candle")]
 pub use candle_tensors::FlatTensor;
 #[cfg(feature = "candle")]

@@ -41,6 +41,20 @@ pub trait LocalTensor: Send + Sync {
     /// The device could not be written.
     fn write_box(&mut self, index: usize, write: &mut dyn FnMut(&mut [u8])) -> Result<()>;
 
+    /// Lends a range of the bytes of box `index` to `write`, in place and in one piece: loads whose bytes arrive piece by
+    /// piece write so. Tensors whose bytes do not lie in memory need not fetch the rest of the box then.
+    ///
+    /// # Errors
+    /// The device could not be written.
+    fn write_box_range(
+        &mut self,
+        index: usize,
+        range: Range<usize>,
+        write: &mut dyn FnMut(&mut [u8]),
+    ) -> Result<()> {
+        self.write_box(index, &mut |bytes| write(bytes.get_mut(range.clone()).unwrap_or_default()))
+    }
+
     /// A copy that shares no memory with this one.
     fn deep_copy(&self) -> Result<Box<dyn LocalTensor>>;
 

@@ -1,6 +1,6 @@
 //! Blocks of data files: sets of them, and the few that a thread has verified last.
 
-use super::copy::ReadRun;
+use super::runs::{ItemRuns, ReadRun};
 use crate::metadata::{BLOCK_BYTES, FileMetadata, Metadata};
 use crate::storage::DataFile;
 use crate::{Error, Result};
@@ -16,12 +16,16 @@ impl Marks {
         Self(metadata.files.iter().map(blocks).collect())
     }
 
-    /// Adds the blocks that a run touches.
-    pub(super) fn mark(&mut self, run: &ReadRun) {
-        let (first, last) = blocks_of(run);
-        if let Some(marks) = self.0[run.file].get_mut(first..=last) {
-            marks.fill(true);
+    /// Adds a block of a file with checksums.
+    pub(super) fn insert(&mut self, file: usize, block: usize) {
+        if let Some(mark) = self.0[file].get_mut(block) {
+            *mark = true;
         }
+    }
+
+    /// Whether a block is in the set.
+    pub(super) fn contains(&self, file: usize, block: usize) -> bool {
+        self.0[file].get(block) == Some(&true)
     }
 
     /// The blocks as (file, block), in order.
@@ -31,15 +35,6 @@ impl Marks {
             blocks.filter(|(_, is_marked)| **is_marked).map(move |(block, _)| (file, block))
         };
         self.0.iter().enumerate().flat_map(of_file)
-    }
-
-    /// The same set without the blocks for which `keep` is false.
-    pub(super) fn filtered(&self, keep: impl Fn(usize, usize) -> bool) -> Self {
-        let mut kept = self.clone();
-        for (file, block) in self.iter() {
-            kept.0[file][block] = keep(file, block);
-        }
-        kept
     }
 
     /// Calls `each` with the pieces of a run that lie in marked blocks, cut at the blocks' ends.
@@ -72,6 +67,42 @@ impl Marks {
         }
         let end = run.offset_bytes + run.len_bytes as u64;
         if start < end { each(run.within(start, end)) } else { Ok(()) }
+    }
+}
+
+/// How many bytes of each block a rank wants. Files without checksums have no blocks.
+#[derive(Debug)]
+pub(super) struct Wants(Vec<Vec<u32>>);
+
+impl Wants {
+    /// Nothing.
+    pub(super) fn none(metadata: &Metadata) -> Self {
+        let blocks = |file: &FileMetadata| vec![0; file.block_crcs.as_ref().map_or(0, Vec::len)];
+        Self(metadata.files.iter().map(blocks).collect())
+    }
+
+    /// Adds the bytes of an item.
+    pub(super) fn add(&mut self, runs: &ItemRuns) {
+        let blocks = &mut self.0[runs.file()];
+        for block in runs.blocks() {
+            if let Some(bytes) = blocks.get_mut(block) {
+                *bytes = bytes.saturating_add(runs.in_block(block).len() as u32);
+            }
+        }
+    }
+
+    /// The blocks of which anything is wanted as (file, block, bytes), in order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (usize, usize, u32)> {
+        let of_file = |(file, blocks)| {
+            let blocks = <Vec<u32> as AsRef<[u32]>>::as_ref(blocks).iter().copied().enumerate();
+            blocks.filter(|(_, bytes)| *bytes > 0).map(move |(block, bytes)| (file, block, bytes))
+        };
+        self.0.iter().enumerate().flat_map(of_file)
+    }
+
+    /// The blocks of which anything is wanted.
+    pub(super) fn marks(&self) -> Marks {
+        Marks(self.0.iter().map(|blocks| blocks.iter().map(|bytes| *bytes > 0).collect()).collect())
     }
 }
 
@@ -111,29 +142,53 @@ impl Verified {
         meta: &FileMetadata,
         data: &'b dyn DataFile,
     ) -> Result<&'b [u8]> {
-        let start = block as u64 * BLOCK_BYTES;
-        let len = (meta.len_bytes - start).min(BLOCK_BYTES) as usize;
-        let mapped = data.mapped().map(|bytes| &bytes[start as usize..start as usize + len]);
         if let Some(at) = self.recent.iter().position(|kept| (kept.file, kept.block) == (file, block)) {
             self.recent[..=at].rotate_right(1);
         } else {
             let mut bytes = if self.recent.len() < KEPT { Vec::new() } else { self.take_oldest() };
-            let read = if let Some(mapped) = mapped {
-                mapped
-            } else {
-                bytes.resize(len, 0);
-                data.read_at(start, &mut bytes)?;
-                &bytes
-            };
-            check(meta, block, read, data)?;
+            read_block(block, meta, data, &mut bytes)?;
             self.recent.insert(0, Block { file, block, bytes });
         }
-        Ok(mapped.unwrap_or(&self.recent[0].bytes))
+        Ok(block_bytes(block, meta, data, &self.recent[0].bytes))
     }
 
     fn take_oldest(&mut self) -> Vec<u8> {
         self.recent.pop().unwrap_or_default().bytes
     }
+}
+
+/// Reads a block, unless its file is mapped, and compares its checksum; [`block_bytes`] are its bytes then.
+///
+/// # Errors
+/// `Corrupt` naming file and block; `Io`.
+pub(super) fn read_block(
+    block: usize,
+    meta: &FileMetadata,
+    data: &dyn DataFile,
+    buffer: &mut Vec<u8>,
+) -> Result<()> {
+    if data.mapped().is_none() {
+        let range = range_of(block, meta);
+        buffer.resize((range.end - range.start) as usize, 0);
+        data.read_at(range.start, buffer)?;
+    }
+    check(meta, block, block_bytes(block, meta, data, buffer), data)
+}
+
+/// The bytes of a block that was read.
+pub(super) fn block_bytes<'b>(
+    block: usize,
+    meta: &FileMetadata,
+    data: &'b dyn DataFile,
+    buffer: &'b [u8],
+) -> &'b [u8] {
+    let range = range_of(block, meta);
+    data.mapped().map_or(buffer, |bytes| &bytes[range.start as usize..range.end as usize])
+}
+
+fn range_of(block: usize, meta: &FileMetadata) -> std::ops::Range<u64> {
+    let start = block as u64 * BLOCK_BYTES;
+    start..(start + BLOCK_BYTES).min(meta.len_bytes)
 }
 
 fn check(meta: &FileMetadata, block: usize, bytes: &[u8], data: &dyn DataFile) -> Result<()> {

@@ -5,8 +5,8 @@ use std::sync::{Mutex, PoisonError};
 
 use sconce_dtensor::{LocalTensor, box_len_bytes};
 
-use super::copy::Copier;
-use super::{Pass, Reads, TensorReads};
+use super::copy::{Copier, Own};
+use super::{Reads, TensorReads};
 use crate::{Error, Result};
 
 /// A tensor of the state and what is read into it.
@@ -18,7 +18,7 @@ pub(super) struct Job<'s, 'p, 't> {
 /// What all threads share.
 pub(super) struct Copying<'s, 'p> {
     pub(super) reads: &'s Reads<'p>,
-    pub(super) pass: Pass<'s>,
+    pub(super) own: Own<'s>,
     /// Names of the tensors that were written to.
     pub(super) overwritten: &'s Mutex<BTreeSet<String>>,
 }
@@ -55,13 +55,16 @@ pub(super) fn run(shared: &Copying<'_, '_>, jobs: Vec<Job<'_, '_, '_>>, threads:
 
 impl<'s> Copying<'s, '_> {
     fn copier(&self) -> Copier<'s> {
-        Copier::new(self.reads.metadata, &self.reads.files, self.pass)
+        Copier::new(self.reads.metadata, &self.reads.files, self.own)
     }
 
     fn copy_tensor(&self, job: Job<'_, '_, '_>, copier: &mut Copier<'_>) -> Result<()> {
         let Job { reads, tensor } = job;
         for (index, items) in &reads.boxes {
             let wanted = tensor.local_boxes()[*index].clone();
+            if !copier.has_any(items, &wanted) {
+                continue;
+            }
             copier.has_written = false;
             let copied = lend(reads.fqn, tensor, *index, |bytes| copier.copy(items, &wanted, 0, bytes));
             self.note(reads.fqn, copier);
@@ -74,6 +77,9 @@ impl<'s> Copying<'s, '_> {
         let Job { reads, tensor } = job;
         for (index, items) in &reads.boxes {
             let wanted = tensor.local_boxes()[*index].clone();
+            if !self.copier().has_any(items, &wanted) {
+                continue;
+            }
             lend(reads.fqn, tensor, *index, |bytes| {
                 let part = bytes.len().div_ceil(threads).next_multiple_of(crate::BLOCK_BYTES as usize);
                 let copy = |(nth, bytes): (usize, &mut [u8])| -> Result<()> {
@@ -123,6 +129,7 @@ fn lend(
     outcome
 }
 
-fn thread_died() -> Error {
+/// A thread that panicked: what it was to copy is not there.
+pub(super) fn thread_died() -> Error {
     Error::Tensor { fqn: String::new(), cause: "a thread of the load panicked".to_owned() }
 }

@@ -75,8 +75,7 @@ fn cells_of(scenario: String) -> Vec<Cell> {
 }
 
 fn faults_at(rank: usize, point: &Point) -> Vec<Fault> {
-    // Every block of this small checkpoint is needed by all ranks, and the first verifies it for all: the others read it
-    // again without comparing checksums (ADR 10), so that a bit that flips there is not found.
+    // Every block of this small checkpoint is needed by all ranks, and the first reads and verifies it for all (ADR 10).
     let is_verified = point.operation == "read_at" && rank == 0 && point.nth == 0;
     Fault::ALL.into_iter().filter(|fault| *fault != Fault::Corrupt || is_verified).collect()
 }
