@@ -16,7 +16,7 @@ use std::process::Command;
 use crate::root;
 use table::Table;
 
-const USAGE: &str = "usage: cargo xtask bench checkpoint | cli | collectives | fsdp | kernels | overlap | plan | redistribute | \
+const USAGE: &str = "usage: cargo xtask bench checkpoint | cli | collectives | fsdp | gpu | kernels | overlap | plan | redistribute | \
                      report | store [--torch PYTHON] [--ferrotorch] [--json]";
 
 /// What the command line chose.
@@ -59,6 +59,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
     let options = Options::parse(rest)?;
     match name.as_str() {
         "report" => return report::run(&options),
+        "gpu" => return gpu(),
         "kernels" => return single::kernels(),
         _ => {}
     }
@@ -85,6 +86,15 @@ fn cargo_bench(arguments: &str) -> Command {
     let mut command = Command::new(env!("CARGO"));
     command.args(["bench", "-q"]).args(arguments.split(' '));
     command
+}
+
+/// The tables that a program of rank processes prints: it takes a CUDA device for each rank, and what building with feature
+/// `nccl` takes.
+fn gpu() -> Result<(), String> {
+    let mut command = Command::new(env!("CARGO"));
+    command.args("bench -q -p sconce-testkit --features nccl --bench gpu".split(' '));
+    let status = command.current_dir(root()).status().map_err(|e| format!("{command:?}: {e}"))?;
+    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}")) }
 }
 
 /// What a program printed on standard output.

@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::Instant;
 
-use crate::{demo, mpi_test, root, soak, surface, tidy};
+use crate::{cuda_check, demo, mpi_test, root, soak, surface, tidy};
 
 /// Feature sets that must build and lint clean: the default, none, and each alone.
 const FEATURE_SETS: &[&str] = &[
@@ -41,6 +41,7 @@ pub(crate) fn run() -> Result<(), String> {
     for set in FEATURE_SETS.iter().chain(mpi_sets) {
         cargo(&format!("clippy {set} -- -D warnings"), &[])?;
     }
+    cuda_check::run()?;
     cargo("doc --workspace --no-deps", &[("RUSTDOCFLAGS", "-D warnings")])?;
     let readme = std::fs::read_to_string(root().join("README.md")).map_err(|e| format!("README.md: {e}"))?;
     let [main_job, tests] = readme_commands(&readme)?;

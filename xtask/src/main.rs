@@ -5,9 +5,11 @@
 
 mod bench;
 mod check;
+mod cuda_check;
 mod demo;
 mod faults;
 mod fixtures;
+mod gpu_test;
 mod interop;
 mod mpi_test;
 mod soak;
@@ -16,7 +18,7 @@ mod tidy;
 
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: cargo xtask check | tidy | surface | mpi-test | fixtures | interop | bench | demo | faults | soak";
+const USAGE: &str = "usage: cargo xtask check | cuda-check | tidy | surface | mpi-test | gpu-test | fixtures | interop | bench | demo | faults | soak";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -24,8 +26,10 @@ fn main() -> ExitCode {
     let outcome = match task.as_str() {
         "bench" => bench::run(&arguments[1..]),
         "check" => check::run(),
+        "cuda-check" => cuda_check::run(),
         "demo" => demo::run(&arguments[1..]),
         "faults" => faults::run(&arguments[1..]),
+        "gpu-test" => gpu_test::run(&arguments[1..]),
         "interop" => interop::run(&arguments[1..]),
         "fixtures" => fixtures::run(&arguments[1..]),
         "mpi-test" => mpi_test::run(),

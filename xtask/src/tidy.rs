@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 use crate::root;
 
 /// The only files with unsafe code.
-const UNSAFE_FILES: [&str; 4] = [
+const UNSAFE_FILES: [&str; 6] = [
     "crates/mesh/src/backend/local/ffi.rs",
     "crates/mesh/src/backend/mpi/ffi.rs",
+    "crates/mesh/src/backend/nccl/ffi.rs",
+    "crates/mesh/src/cuda/ffi.rs",
     "crates/checkpoint/src/storage/mmap.rs",
     "crates/testkit/src/alloc.rs",
 ];
