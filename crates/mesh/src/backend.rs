@@ -3,16 +3,22 @@
 //! It knows bytes and dtypes, not Rust element types, and checks no arguments: `collective.rs` has done so.
 
 mod call;
+#[cfg(feature = "cuda")]
+pub(crate) mod device;
 #[cfg(feature = "test-faults")]
 pub(crate) mod faulted;
 pub(crate) mod fingerprint;
 pub(crate) mod local;
 #[cfg(feature = "mpi")]
 pub(crate) mod mpi;
+#[cfg(feature = "nccl")]
+pub(crate) mod nccl;
 pub(crate) mod pieces;
 pub(crate) mod recorded;
 pub(crate) mod reduce;
 pub(crate) mod solo;
+#[cfg(any(feature = "nccl", test))]
+pub(crate) mod splits;
 
 pub(crate) use call::{Call, CallName};
 
@@ -146,6 +152,17 @@ pub(crate) trait Backend: Send + Sync {
         (0..send.len()).try_for_each(|g| fill(g, 0, &mut input[from[g]..][..send[g]]))?;
         self.all_to_all(call, input, send, output, receive)?;
         (0..receive.len()).try_for_each(|g| drain(g, 0, &output[to[g]..][..receive[g]]))
+    }
+
+    /// Returns once every rank has called it for the same collective, which the ranks then carry out by other means.
+    /// `counts` are those of all ranks, or none if they differ from rank to rank.
+    #[cfg(feature = "nccl")]
+    fn roll_call(&self, call: Call, op: Option<ReduceOp>, counts: &[usize]) -> Result<()>;
+
+    /// Looks, without waiting, whether the group is well as far as this rank can tell.
+    #[cfg(feature = "nccl")]
+    fn watch(&self) -> Result<()> {
+        self.failure().map_or(Ok(()), Err)
     }
 
     /// Fails the group on every rank, with `Aborted` naming this one; pending calls return too.

@@ -23,7 +23,8 @@ impl ProcessGroup {
     ///
     /// # Errors
     /// `Environment`; `Store` if the ranks do not meet within `options.timeout`; as [`ProcessGroup::new`].
-    /// `NotCompiled` for more than one rank without feature `tcp-store`, and for `cpu:mpi` without feature `mpi`.
+    /// `NotCompiled` for more than one rank without feature `tcp-store`, for `cpu:mpi` without feature `mpi`,
+    /// for `cuda:nccl` without feature `nccl`, and for `cuda:local` without feature `cuda`.
     ///
     /// # Source
     /// `torch.distributed.init_process_group(init_method="env://")`.
@@ -42,10 +43,15 @@ impl ProcessGroup {
     /// `torch.distributed.init_process_group(backend=…, init_method="env://")`.
     pub fn from_env_with(backends: BackendSpec, options: GroupOptions) -> Result<ProcessGroup> {
         let env = RankEnv::from_env()?;
-        match backends.cpu {
+        backends.cuda.map_or(Ok(()), ProcessGroup::check_cuda)?;
+        let world = match backends.cpu {
             CpuBackend::Mpi => join_mpi(&env, options),
             CpuBackend::Local if env.world_size == 1 => Ok(ProcessGroup::threads(1, options)?.remove(0)),
             CpuBackend::Local => join(&env, options),
+        };
+        match backends.cuda {
+            Some(cuda) => world?.with_cuda(cuda),
+            None => world,
         }
     }
 }

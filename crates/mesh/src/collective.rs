@@ -8,6 +8,8 @@
 //! call. `InvalidArgument` alone concerns only the caller, sends nothing and leaves the group as it was.
 
 mod check;
+#[cfg(feature = "cuda")]
+mod device;
 mod objects;
 mod p2p;
 mod rooted;

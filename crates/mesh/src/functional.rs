@@ -1,6 +1,7 @@
 //! Collectives as functions of candle tensors, through which gradients flow.
 //!
-//! Each takes a CPU tensor of any strides, leaves it as it is and returns a new one. Gradients are those of the sum of
+//! Each takes a tensor of any strides, on the CPU or, with feature `cuda`, on a CUDA device, leaves it as it is and returns
+//! a new one there. Gradients are those of the sum of
 //! all ranks' losses, as in torch. The backward pass makes collectives too, so all ranks run it on graphs of the same
 //! shape.
 //!
@@ -17,10 +18,14 @@
 //! # Source
 //! `torch.distributed.nn.functional` and `torch.distributed._functional_collectives`.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendDevice as _;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
 use crate::backend::{Call, CallName};
+#[cfg(feature = "cuda")]
+use crate::cuda::{self, CudaBytes, CudaBytesMut};
 use crate::{DType, Error, GroupRank, ProcessGroup, ReduceOp, cpu_bytes, cpu_bytes_mut};
 
 /// The reduction of all ranks' tensors, on every rank.
@@ -146,6 +151,28 @@ impl Collective {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl Collective {
+    fn run_on_device(&self, input: &CudaBytes<'_>, mut output: CudaBytesMut<'_>) -> crate::Result<()> {
+        match self.kind {
+            Kind::AllReduce(op) => {
+                output.copy_from(input)?;
+                self.group.cuda_all_reduce(&mut output, op)
+            }
+            Kind::AllGather => self.group.cuda_all_gather(input, &mut [output]),
+            Kind::ReduceScatter(op) => {
+                let whole = input.range(0..input.len_bytes());
+                self.group.cuda_reduce_scatter(&[whole], &mut output, op)
+            }
+            Kind::AllToAll => self.group.cuda_all_to_all(input, &mut output),
+            Kind::Broadcast(root) => {
+                output.copy_from(input)?;
+                self.group.cuda_broadcast(&mut output, root)
+            }
+        }
+    }
+}
+
 impl CustomOp1 for Collective {
     fn name(&self) -> &'static str {
         self.call_name().name()
@@ -162,6 +189,17 @@ impl CustomOp1 for Collective {
         let input =
             &cpu_bytes(storage).map_err(wrap)?[start..][..layout.shape().elem_count() * dtype.size_bytes()];
         self.run(dtype, input, cpu_bytes_mut(&mut output).map_err(wrap)?).map_err(wrap)?;
+        Ok((output, shape))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let wrap = candle_core::Error::wrap;
+        let shape = self.output_shape(layout.shape()).map_err(wrap)?;
+        let input = CudaBytes::of(storage, layout).map_err(wrap)?;
+        let mut output = cuda::uninit(&storage.device, input.dtype(), shape.elem_count()).map_err(wrap)?;
+        let whole = Layout::contiguous(&shape);
+        self.run_on_device(&input, CudaBytesMut::of(&mut output, &whole).map_err(wrap)?).map_err(wrap)?;
         Ok((output, shape))
     }
 

@@ -3,6 +3,8 @@
 mod backend;
 mod bootstrap;
 mod collective;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod device_mesh;
 mod dtype;
 mod env;
@@ -37,7 +39,7 @@ pub use launcher::{Node, RankExit, RankOutput, RankProcesses, die_with_parent};
 pub use process_group::{GroupOptions, ProcessGroup};
 pub use rank::{GroupRank, Rank};
 pub use reduce_op::ReduceOp;
-pub use spec::{BackendSpec, CpuBackend};
+pub use spec::{BackendSpec, CpuBackend, CudaBackend};
 pub use store::{FileStore, MemoryStore, Store};
 #[cfg(feature = "tcp-store")]
 pub use store::{TcpStore, TcpStoreServer};

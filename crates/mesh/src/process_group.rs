@@ -7,13 +7,19 @@ use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+#[cfg(feature = "cuda")]
+use crate::ReduceOp;
+#[cfg(feature = "cuda")]
+use crate::backend::Call;
+#[cfg(feature = "cuda")]
+use crate::backend::device::DeviceBackend;
 use crate::backend::local::{Endpoint, LocalWorld};
 use crate::backend::recorded::Recorded;
 use crate::backend::solo::Solo;
 use crate::backend::{Backend, CallName, Invitation, Membership, WorldBackend};
 use crate::flight_recorder::FlightRecorder;
 use crate::work::Progress;
-use crate::{Error, FlightRecord, GroupRank, Rank, Result, Store};
+use crate::{CudaBackend, Error, FlightRecord, GroupRank, Rank, Result, Store};
 
 /// How a world's groups behave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +61,8 @@ struct Group {
     backend: Recorded,
     recorder: Arc<FlightRecorder>,
     progress: Progress,
+    /// What carries tensors on CUDA devices, from the first on.
+    device: DeviceSlot,
 }
 
 /// One direction between two ranks: its works in order, and its group once both have come.
@@ -82,6 +90,8 @@ struct World {
     duplicates: Mutex<Vec<Arc<Group>>>,
     /// Directions used so far, by sender and receiver.
     lanes: Mutex<HashMap<(Rank, Rank), Arc<Lane>>>,
+    /// What shall carry tensors on CUDA devices, if somebody said so.
+    cuda: OnceLock<CudaBackend>,
 }
 
 impl ProcessGroup {
@@ -203,7 +213,55 @@ impl ProcessGroup {
         let groups = Mutex::new(HashMap::from([(Arc::clone(&group.ranks), Arc::clone(&group))]));
         let lanes = Mutex::default();
         let duplicates = Mutex::default();
-        ProcessGroup { group, world: Arc::new(World { size, options, backend, groups, duplicates, lanes }) }
+        ProcessGroup {
+            group,
+            world: Arc::new(World {
+                size,
+                options,
+                backend,
+                groups,
+                duplicates,
+                lanes,
+                cuda: OnceLock::new(),
+            }),
+        }
+    }
+
+    /// The same world, whose tensors on CUDA devices `backend` carries, in all its groups.
+    ///
+    /// Without it that is NCCL if this build has it, and else host memory.
+    /// Ranks:  local, no communication; all ranks choose the same.
+    ///
+    /// # Errors
+    /// `NotCompiled`; `InvalidArgument` if another one was chosen before.
+    ///
+    /// # Source
+    /// `torch.distributed.init_process_group(backend="cpu:gloo,cuda:nccl")`.
+    pub fn with_cuda(self, backend: CudaBackend) -> Result<ProcessGroup> {
+        Self::check_cuda(backend)?;
+        let chosen = *self.world.cuda.get_or_init(|| backend);
+        if chosen == backend {
+            return Ok(self);
+        }
+        Err(Error::InvalidArgument {
+            op: "with_cuda",
+            what: "backend".into(),
+            expected: format!("{chosen}, which was chosen before"),
+            got: backend.to_string(),
+        })
+    }
+
+    /// Whether this build has `backend`.
+    pub(crate) fn check_cuda(backend: CudaBackend) -> Result<()> {
+        match backend {
+            CudaBackend::Nccl if !cfg!(feature = "nccl") => {
+                Err(Error::NotCompiled { what: "backend `cuda:nccl`", feature: "nccl" })
+            }
+            CudaBackend::Local if !cfg!(feature = "cuda") => {
+                Err(Error::NotCompiled { what: "backend `cuda:local`", feature: "cuda" })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// This rank in the world.
@@ -413,6 +471,28 @@ impl ProcessGroup {
     pub(crate) fn progress(&self) -> &Progress {
         &self.group.progress
     }
+
+    /// Carries a collective of device memory out, once the works issued before are done. `sizes` are the bytes of the
+    /// longest buffer and those that are received.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(
+        &self,
+        call: (Call, Option<ReduceOp>),
+        sizes: (usize, usize),
+        run: impl FnOnce(&dyn DeviceBackend, &dyn Backend) -> Result<()>,
+    ) -> Result<()> {
+        self.group.progress.settle();
+        let device = self.group.device.get_or_init(|| {
+            let membership = Membership {
+                group: self.name().to_owned(),
+                ranks: Arc::clone(&self.group.ranks),
+                group_rank: self.group_rank().0,
+                timeout: self.timeout(),
+            };
+            device_backend(self.world.cuda.get().copied(), membership)
+        });
+        self.group.backend.device(call, sizes, |host| run(&**device, host))
+    }
 }
 
 impl fmt::Debug for ProcessGroup {
@@ -430,8 +510,38 @@ impl Group {
         let recorder = FlightRecorder::new(name.clone(), Arc::clone(&ranks), ranks[group_rank.0]);
         let recorder = Arc::new(recorder);
         let backend = Recorded::new(decorated(backend, &name, ranks[group_rank.0]), Arc::clone(&recorder));
-        Group { name, ranks, group_rank, backend, recorder, progress: Progress::default() }
+        Group {
+            name,
+            ranks,
+            group_rank,
+            backend,
+            recorder,
+            progress: Progress::default(),
+            device: DeviceSlot::default(),
+        }
     }
+}
+
+/// What carries tensors on CUDA devices, from the first on.
+#[cfg(feature = "cuda")]
+type DeviceSlot = OnceLock<Box<dyn DeviceBackend>>;
+
+/// Nothing carries tensors on CUDA devices.
+#[cfg(not(feature = "cuda"))]
+type DeviceSlot = std::marker::PhantomData<()>;
+
+#[cfg(feature = "nccl")]
+fn device_backend(chosen: Option<CudaBackend>, membership: Membership) -> Box<dyn DeviceBackend> {
+    match chosen {
+        Some(CudaBackend::Local) => Box::new(crate::backend::device::Staged),
+        Some(CudaBackend::Nccl) | None => Box::new(crate::backend::nccl::NcclGroup::new(membership)),
+    }
+}
+
+/// `with_cuda` has refused what this build does not have.
+#[cfg(all(feature = "cuda", not(feature = "nccl")))]
+fn device_backend(_chosen: Option<CudaBackend>, _membership: Membership) -> Box<dyn DeviceBackend> {
+    Box::new(crate::backend::device::Staged)
 }
 
 /// The backend as users get it.

@@ -9,12 +9,18 @@ use crate::{Error, RankEnv, Result};
 pub(crate) const BACKEND: &str = "SCONCE_BACKEND";
 const HAS_MPI: bool = cfg!(feature = "mpi");
 
-/// Which backend carries the tensors of each device: `cpu:local` or `cpu:mpi`.
+const EXPECTED: &str =
+    "`cpu:local` or `cpu:mpi`, and for CUDA devices `cuda:nccl` or `cuda:local`, with a comma between";
+
+/// Which backend carries the tensors of each device: `cpu:local` or `cpu:mpi`, and after a comma, for CUDA devices,
+/// `cuda:nccl` or `cuda:local`.
 ///
 /// ```
-/// use sconce_mesh::BackendSpec;
+/// use sconce_mesh::{BackendSpec, CpuBackend, CudaBackend};
 ///
 /// assert_eq!("cpu:local".parse(), Ok(BackendSpec::default()));
+/// let gpus = BackendSpec { cpu: CpuBackend::Mpi, cuda: Some(CudaBackend::Nccl) };
+/// assert_eq!("cpu:mpi,cuda:nccl".parse(), Ok(gpus));
 /// assert!("cpu:gloo".parse::<BackendSpec>().is_err());
 /// ```
 ///
@@ -24,6 +30,8 @@ const HAS_MPI: bool = cfg!(feature = "mpi");
 pub struct BackendSpec {
     /// What carries tensors in host memory, and objects.
     pub cpu: CpuBackend,
+    /// What carries tensors on CUDA devices; `None` for NCCL if this build has it, and else host memory.
+    pub cuda: Option<CudaBackend>,
 }
 
 /// A backend for host memory.
@@ -34,6 +42,15 @@ pub enum CpuBackend {
     Local,
     /// The site's MPI: any number of hosts, and shared memory on each. Feature `mpi`.
     Mpi,
+}
+
+/// A backend for memory of CUDA devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CudaBackend {
+    /// Through host memory and the backend for that: for several ranks on one device, or without NCCL. Feature `cuda`.
+    Local,
+    /// NCCL, from device to device. Feature `nccl`.
+    Nccl,
 }
 
 impl BackendSpec {
@@ -50,10 +67,12 @@ impl BackendSpec {
         match lookup(BACKEND) {
             Some(text) => text.parse().map_err(|_| Error::Environment {
                 name: BACKEND.into(),
-                expected: "`cpu:local` or `cpu:mpi`",
+                expected: EXPECTED,
                 got: Some(text),
             }),
-            None if has_mpi && RankEnv::is_mpi_job(lookup) => Ok(BackendSpec { cpu: CpuBackend::Mpi }),
+            None if has_mpi && RankEnv::is_mpi_job(lookup) => {
+                Ok(BackendSpec { cpu: CpuBackend::Mpi, cuda: None })
+            }
             None => Ok(BackendSpec::default()),
         }
     }
@@ -63,16 +82,26 @@ impl FromStr for BackendSpec {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<BackendSpec> {
-        match text.trim() {
-            "cpu:local" => Ok(BackendSpec { cpu: CpuBackend::Local }),
-            "cpu:mpi" => Ok(BackendSpec { cpu: CpuBackend::Mpi }),
-            _ => Err(Error::InvalidArgument {
-                op: "backend spec",
-                what: "device and backend".into(),
-                expected: "`cpu:local` or `cpu:mpi`".into(),
-                got: format!("{text:?}"),
-            }),
+        let wrong = || Error::InvalidArgument {
+            op: "backend spec",
+            what: "device and backend".into(),
+            expected: EXPECTED.into(),
+            got: format!("{text:?}"),
+        };
+        let (mut cpu, mut cuda) = (None, None);
+        for part in text.split(',') {
+            let was = match part.trim() {
+                "cpu:local" => cpu.replace(CpuBackend::Local).map(drop),
+                "cpu:mpi" => cpu.replace(CpuBackend::Mpi).map(drop),
+                "cuda:local" => cuda.replace(CudaBackend::Local).map(drop),
+                "cuda:nccl" => cuda.replace(CudaBackend::Nccl).map(drop),
+                _ => return Err(wrong()),
+            };
+            if was.is_some() {
+                return Err(wrong());
+            }
         }
+        Ok(BackendSpec { cpu: cpu.unwrap_or_default(), cuda })
     }
 }
 
@@ -81,6 +110,16 @@ impl fmt::Display for BackendSpec {
         f.write_str(match self.cpu {
             CpuBackend::Local => "cpu:local",
             CpuBackend::Mpi => "cpu:mpi",
+        })?;
+        self.cuda.map_or(Ok(()), |cuda| write!(f, ",{cuda}"))
+    }
+}
+
+impl fmt::Display for CudaBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            CudaBackend::Local => "cuda:local",
+            CudaBackend::Nccl => "cuda:nccl",
         })
     }
 }
@@ -92,14 +131,21 @@ mod tests {
     #[test]
     fn a_spec_is_read_as_it_is_written() {
         for cpu in [CpuBackend::Local, CpuBackend::Mpi] {
-            let spec = BackendSpec { cpu };
-            assert_eq!(spec.to_string().parse(), Ok(spec));
+            for cuda in [None, Some(CudaBackend::Local), Some(CudaBackend::Nccl)] {
+                let spec = BackendSpec { cpu, cuda };
+                assert_eq!(spec.to_string().parse(), Ok(spec));
+            }
         }
-        let error = "cpu:gloo".parse::<BackendSpec>().unwrap_err().to_string();
-        assert_eq!(
-            error,
-            "backend spec: device and backend: expected `cpu:local` or `cpu:mpi`, got \"cpu:gloo\""
-        );
+        let only_cuda = BackendSpec { cuda: Some(CudaBackend::Nccl), ..BackendSpec::default() };
+        assert_eq!("cuda:nccl".parse(), Ok(only_cuda));
+        assert_eq!(" cuda:nccl , cpu:local".parse(), Ok(only_cuda));
+        for text in
+            ["cpu:gloo", "", "cpu:local,", "cpu:local,cpu:mpi", "cuda:nccl,cuda:local", "nccl", "cuda:mpi"]
+        {
+            let error = text.parse::<BackendSpec>().unwrap_err().to_string();
+            let expected = format!("backend spec: device and backend: expected {EXPECTED}, got {text:?}");
+            assert_eq!(error, expected);
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 
 /// The world of the job, which must have several ranks.
 fn world(timeout: Duration) -> ProcessGroup {
-    let backends = BackendSpec { cpu: CpuBackend::Mpi };
+    let backends = BackendSpec { cpu: CpuBackend::Mpi, cuda: None };
     let world = ProcessGroup::from_env_with(backends, GroupOptions { timeout }).unwrap();
     assert!(world.size() > 1, "these cases run in an MPI job: cargo xtask mpi-test");
     world

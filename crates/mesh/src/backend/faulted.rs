@@ -118,6 +118,16 @@ impl Backend for Faulted {
         self.around(call.name.name(), |inner| inner.all_to_all_streamed(call, send, receive, fill, drain))
     }
 
+    #[cfg(feature = "nccl")]
+    fn roll_call(&self, call: Call, op: Option<ReduceOp>, counts: &[usize]) -> Result<()> {
+        self.around(call.name.name(), |inner| inner.roll_call(call, op, counts))
+    }
+
+    #[cfg(feature = "nccl")]
+    fn watch(&self) -> Result<()> {
+        self.failure.get().map_or_else(|| self.inner.watch(), |error| Err(error.clone()))
+    }
+
     fn abort(&self) {
         self.inner.abort();
     }

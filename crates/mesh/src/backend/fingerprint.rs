@@ -6,6 +6,8 @@ use crate::{DType, ReduceOp};
 /// Counts that are kept for messages; all of them count for the hash.
 const SHOWN_COUNTS: usize = 16;
 const SHOWN: usize = 8;
+/// Beside the code of the name: the call is of device memory.
+const ON_DEVICE: u64 = 1 << 32;
 const WORDS: usize = SHOWN + SHOWN_COUNTS;
 
 /// Length of a fingerprint in the segment.
@@ -53,6 +55,13 @@ impl Fingerprint {
         fingerprint
     }
 
+    /// The call as one of device memory, which is no match for one of host memory.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn on_device(mut self) -> Self {
+        self.words[1] |= ON_DEVICE;
+        self
+    }
+
     pub(crate) fn with_op(mut self, op: ReduceOp) -> Self {
         self.words[3] = op as u64 + 1;
         self
@@ -74,10 +83,12 @@ impl Fingerprint {
 
     /// As a person would write the call: `all_reduce(sum, f32, 4096 bytes)`.
     pub(crate) fn describe(&self) -> String {
-        let name = CallName::from_code(self.words[1]).map_or("an unknown collective", CallName::name);
+        let name = CallName::from_code(self.words[1] & !ON_DEVICE);
+        let name = name.map_or("an unknown collective", CallName::name);
+        let place = if self.words[1] & ON_DEVICE == 0 { "" } else { "cuda " };
         let parts = [self.op(), self.root(), self.dtype(), self.sizes()];
         let parts: Vec<String> = parts.into_iter().flatten().collect();
-        format!("{name}({})", parts.join(", "))
+        format!("{place}{name}({})", parts.join(", "))
     }
 
     fn op(&self) -> Option<String> {

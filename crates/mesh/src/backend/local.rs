@@ -299,6 +299,20 @@ impl Backend for Endpoint {
         )
     }
 
+    #[cfg(feature = "nccl")]
+    fn roll_call(&self, call: Call, op: Option<ReduceOp>, counts: &[usize]) -> Result<()> {
+        let fingerprint = |seq| {
+            let fingerprint = Fingerprint::counted(seq, call, counts).on_device();
+            op.map_or(fingerprint, |op| fingerprint.with_op(op))
+        };
+        self.run(fingerprint, |x| x.cross())
+    }
+
+    #[cfg(feature = "nccl")]
+    fn watch(&self) -> Result<()> {
+        Endpoint::watch(self)
+    }
+
     fn abort(&self) {
         Endpoint::abort(self);
     }

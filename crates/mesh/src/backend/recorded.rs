@@ -1,8 +1,8 @@
 //! Recorded: any backend with its calls in a flight recorder, which it dumps when the group fails.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use super::{Backend, Call, Drain, Fill};
 use crate::flight_recorder::{CollectiveState, Described, FlightRecorder};
@@ -17,15 +17,20 @@ pub(crate) struct Recorded {
     /// This rank in the group.
     me: usize,
     dumped: AtomicBool,
+    /// Of a collective that the inner backend did not carry out itself.
+    failure: OnceLock<Error>,
 }
 
 impl Recorded {
     pub(crate) fn new(inner: Box<dyn Backend>, recorder: Arc<FlightRecorder>) -> Self {
         let me = recorder.group_rank();
-        Recorded { inner, recorder, me, dumped: AtomicBool::new(false) }
+        Recorded { inner, recorder, me, dumped: AtomicBool::new(false), failure: OnceLock::new() }
     }
 
     fn record(&self, call: Described, run: impl FnOnce(&dyn Backend) -> Result<()>) -> Result<()> {
+        if let Some(error) = self.failure.get() {
+            return Err(error.clone());
+        }
         let seq = self.recorder.begin(call);
         let result = self.recorder.in_span(seq, &call, || run(&*self.inner));
         let state = if result.is_ok() { CollectiveState::Completed } else { CollectiveState::Failed };
@@ -34,6 +39,23 @@ impl Recorded {
             self.dump(error);
         }
         result
+    }
+
+    /// Records a collective of device memory, which `run` carries out with the help of the inner backend. Its failure is the
+    /// group's.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn device(
+        &self,
+        (call, op): (Call, Option<ReduceOp>),
+        (bytes, received): (usize, usize),
+        run: impl FnOnce(&dyn Backend) -> Result<()>,
+    ) -> Result<()> {
+        let done = self.record(described(call, op, bytes, received), run);
+        done.inspect_err(|error| {
+            if !matches!(error, Error::InvalidArgument { .. }) {
+                self.failure.get_or_init(|| error.clone());
+            }
+        })
     }
 
     /// Writes the record of the first failure, if a directory is set. What cannot be written must not hide the failure.
@@ -139,11 +161,21 @@ impl Backend for Recorded {
         self.record(call_with_sizes, |inner| inner.all_to_all_streamed(call, send, receive, fill, drain))
     }
 
+    #[cfg(feature = "nccl")]
+    fn roll_call(&self, call: Call, op: Option<ReduceOp>, counts: &[usize]) -> Result<()> {
+        self.record(described(call, op, 0, 0), |inner| inner.roll_call(call, op, counts))
+    }
+
+    #[cfg(feature = "nccl")]
+    fn watch(&self) -> Result<()> {
+        self.failure.get().map_or_else(|| self.inner.watch(), |error| Err(error.clone()))
+    }
+
     fn abort(&self) {
         self.inner.abort();
     }
 
     fn failure(&self) -> Option<Error> {
-        self.inner.failure()
+        self.failure.get().cloned().or_else(|| self.inner.failure())
     }
 }

@@ -74,6 +74,11 @@ impl Backend for Solo {
         Ok(())
     }
 
+    #[cfg(feature = "nccl")]
+    fn roll_call(&self, _call: Call, _op: Option<ReduceOp>, _counts: &[usize]) -> Result<()> {
+        self.check()
+    }
+
     fn abort(&self) {
         self.failure.get_or_init(|| Error::Aborted { group: self.group.clone(), rank: self.rank });
     }

@@ -132,6 +132,22 @@ impl Endpoint {
         self.failure.get_or_init(|| self.error(cause, &Fingerprint::barrier(0)));
     }
 
+    /// What a call would find before it began, without a call.
+    #[cfg(feature = "nccl")]
+    pub(super) fn watch(&self) -> Result<()> {
+        let call = Fingerprint::barrier(0);
+        if let Some(error) = self.failure() {
+            return Err(error);
+        }
+        if let Some(rank) = self.watch.look() {
+            return Err(self.failure.get_or_init(|| self.lost(rank, &call)).clone());
+        }
+        match failure::read(&self.mapping) {
+            Some(cause) => Err(self.failure.get_or_init(|| self.error(cause, &call)).clone()),
+            None => Ok(()),
+        }
+    }
+
     pub(super) fn failure(&self) -> Option<Error> {
         self.failure.get().cloned()
     }

@@ -245,6 +245,27 @@ impl Backend for MpiGroup {
         )
     }
 
+    #[cfg(feature = "nccl")]
+    fn roll_call(&self, call: Call, op: Option<ReduceOp>, counts: &[usize]) -> Result<()> {
+        let fingerprint = |seq| {
+            let fingerprint = Fingerprint::counted(seq, call, counts).on_device();
+            op.map_or(fingerprint, |op| fingerprint.with_op(op))
+        };
+        self.run(fingerprint, |turn| match turn.on_one_host() {
+            Some(inner) => turn.done_on_host(inner.roll_call(call, op, counts)),
+            None => turn.agree(),
+        })
+    }
+
+    #[cfg(feature = "nccl")]
+    fn watch(&self) -> Result<()> {
+        let known = self.failure().or_else(|| {
+            let cause = self.wire.cause(self.key)?;
+            Some(self.failure.get_or_init(|| self.error(cause, &Fingerprint::barrier(0))).clone())
+        });
+        known.map_or(Ok(()), Err)
+    }
+
     fn abort(&self) {
         let cause = Cause::Aborted(self.wire.rank());
         self.wire.announce(&self.membership.ranks, self.key, &cause);
