@@ -137,15 +137,15 @@ fn copy_all(
 impl Part<'_> {
     fn copy(self) -> Result<()> {
         let Part { fqn, tensor, index, start, to } = self;
-        let mut is_whole = false;
-        let lent = tensor.read_box(index, &mut |bytes| {
-            if let Some(bytes) = bytes.get(start..start + to.len()) {
+        let mut copied = 0;
+        let lent = tensor.read_box_range(index, start..start + to.len(), &mut |bytes| {
+            if let Some(to) = to.get_mut(copied..copied + bytes.len()) {
                 to.copy_from_slice(bytes);
-                is_whole = true;
+                copied += bytes.len();
             }
         });
         lent.map_err(|error| Error::tensor(fqn, &error))?;
-        if is_whole {
+        if copied == to.len() {
             return Ok(());
         }
         let cause = format!("box {index} lends fewer bytes than it has");

@@ -1,8 +1,13 @@
-//! Bytes of candle tensors, lent in place. Conversions only; no communication.
+//! Bytes of candle tensors, lent in place; those of CUDA tensors through host memory. Conversions only; no communication.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, Tensor};
+#[cfg(feature = "cuda")]
+use sconce_mesh::cuda::{CudaBytes, CudaBytesMut, read_chunks, write_chunks};
 use sconce_mesh::{DType, cpu_bytes, cpu_bytes_mut, prefer_huge_pages};
 
 use crate::error::CandleContext;
@@ -26,10 +31,50 @@ pub(crate) fn read_bytes(tensor: &Tensor, read: &mut dyn FnMut(&[u8])) -> Result
     Ok(())
 }
 
-/// Lends the row-major bytes of a contiguous CPU tensor to `write`; whoever shares its storage sees the change.
+/// Lends a range of the row-major bytes of `tensor`, in order: of a CUDA tensor in pieces that a device copies while the
+/// one before is used, of any other in one.
+pub(crate) fn read_range(tensor: &Tensor, range: Range<usize>, read: &mut dyn FnMut(&[u8])) -> Result<()> {
+    match tensor.device() {
+        Device::Cuda(_) => read_cuda_range(tensor, range, read),
+        _ => read_bytes(tensor, &mut |bytes| read(bytes.get(range.clone()).unwrap_or_default())),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn read_cuda_range(tensor: &Tensor, range: Range<usize>, read: &mut dyn FnMut(&[u8])) -> Result<()> {
+    let what = || format!("reading a tensor of shape {:?}", tensor.dims());
+    let contiguous = tensor.contiguous().during(what)?;
+    let (storage, layout) = contiguous.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { unreachable!("a copy is on the device of its source") };
+    let bytes = CudaBytes::of(storage, layout)?;
+    if range.start <= range.end && range.end <= bytes.len_bytes() {
+        read_chunks(&bytes.range(range), |_, chunk| read(chunk))?;
+    }
+    Ok(())
+}
+
+/// There is no CUDA tensor in a build without CUDA.
+#[cfg(not(feature = "cuda"))]
+fn read_cuda_range(tensor: &Tensor, range: Range<usize>, read: &mut dyn FnMut(&[u8])) -> Result<()> {
+    read_bytes(tensor, &mut |bytes| read(bytes.get(range.clone()).unwrap_or_default()))
+}
+
+/// The tensor in host memory, itself if it is there already.
+pub(crate) fn on_host(tensor: &Tensor) -> Result<Tensor> {
+    on_device(tensor, &Device::Cpu)
+}
+
+/// The tensor on `device`, itself if it is there already.
+pub(crate) fn on_device(tensor: &Tensor, device: &Device) -> Result<Tensor> {
+    let moved = tensor.to_device(device);
+    moved.during(|| format!("moving a tensor of shape {:?} to {:?}", tensor.dims(), device.location()))
+}
+
+/// Lends the row-major bytes of a contiguous tensor to `write`; whoever shares its storage sees the change. Those of a CUDA
+/// tensor are copied to host memory and back.
 ///
 /// # Errors
-/// `Candle` for a tensor that is not contiguous or not on the CPU.
+/// `Candle` for a tensor that is not contiguous, or neither on the CPU nor on a CUDA device.
 pub(crate) fn write_bytes(tensor: &Tensor, write: &mut dyn FnMut(&mut [u8])) -> Result<()> {
     if tensor.elem_count() == 0 {
         // candle takes the zero strides of an empty tensor for repeated elements and refuses. Borrowers may view
@@ -64,6 +109,22 @@ impl InplaceOp1 for LendBytes<'_> {
         let bytes = cpu_bytes_mut(storage).map_err(candle_core::Error::wrap)?;
         (self.0.borrow_mut())(&mut bytes[start * size..end * size]);
         Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> candle_core::Result<()> {
+        let lend = |storage| -> sconce_mesh::Result<()> {
+            let mut device = CudaBytesMut::of(storage, layout)?;
+            let mut words = vec![0u64; device.len_bytes().div_ceil(8)];
+            let bytes = &mut bytemuck::cast_slice_mut(&mut words)[..device.len_bytes()];
+            read_chunks(&device.to_read(), |at, chunk| bytes[at..at + chunk.len()].copy_from_slice(chunk))?;
+            (self.0.borrow_mut())(bytes);
+            write_chunks(&mut device, |at, chunk| {
+                let end = at + chunk.len();
+                chunk.copy_from_slice(&bytes[at..end]);
+            })
+        };
+        lend(storage).map_err(candle_core::Error::wrap)
     }
 }
 

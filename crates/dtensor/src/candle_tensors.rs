@@ -1,11 +1,12 @@
 //! candle tensors as state: a whole tensor, and a run of a flat parameter.
 
 use std::any::Any;
+use std::ops::Range;
 
 use candle_core::Tensor;
 use sconce_mesh::DType;
 
-use crate::candle_bytes::{deep_copy, dtype_of, read_bytes, write_bytes, zeros};
+use crate::candle_bytes::{deep_copy, dtype_of, read_bytes, read_range, write_bytes, zeros};
 use crate::error::CandleContext;
 use crate::{Error, LocalTensor, Result, TensorBox, TensorBuf, Value, run_boxes};
 
@@ -76,6 +77,9 @@ impl LocalTensor for FlatTensor {
     }
     fn read_box(&self, index: usize, read: &mut dyn FnMut(&[u8])) -> Result<()> {
         read_bytes(&self.part(index)?, read)
+    }
+    fn read_box_range(&self, index: usize, range: Range<usize>, read: &mut dyn FnMut(&[u8])) -> Result<()> {
+        read_range(&self.part(index)?, range, read)
     }
     fn write_box(&mut self, index: usize, write: &mut dyn FnMut(&mut [u8])) -> Result<()> {
         write_bytes(&self.part(index)?, write)

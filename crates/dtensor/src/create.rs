@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use sconce_mesh::{DType, DeviceMesh};
 
 use crate::agree::{Kind, gather_kinds};
-use crate::candle_bytes::{dtype_of, zeros};
+use crate::candle_bytes::{dtype_of, on_host, zeros};
 use crate::candle_tensors::FlatTensor;
 use crate::dtensor::slice;
 use crate::error::CandleContext;
@@ -65,6 +65,7 @@ impl DTensor {
 
     /// Spreads the tensor of the mesh's first rank: each rank receives its part only.
     ///
+    /// Each part lies on the device of the tensor that its rank passes.
     /// Ranks: collective over the mesh; every rank passes a tensor of the same shape and dtype, only the first
     /// rank's values count.
     ///
@@ -87,13 +88,13 @@ impl DTensor {
         let targets: Vec<_> = spec.boxes().into_iter().map(|held| vec![held]).collect();
         let plan = ExchangePlan::new(me, &sources, &targets, &|_, _| true)?;
         let src = match me {
-            0 => FlatTensor::whole(tensor)?,
+            0 => FlatTensor::whole(&on_host(tensor)?)?,
             _ => FlatTensor::run(zeros(&[0], spec.dtype)?, &mine.shape, 0)?,
         };
         let local = zeros(&held.sizes, spec.dtype)?;
         let mut dtensor = Self::of_part(&local, spec)?;
         exchange(mesh.mesh_group(), &mut [Move { plan, src: &src, dst: &mut dtensor }])?;
-        Ok(dtensor)
+        dtensor.to_device(tensor.device())
     }
 
     /// This rank's part of a tensor of which every rank has an equal copy. No communication.

@@ -3,11 +3,14 @@
 
 use std::any::Any;
 use std::fmt;
+use std::ops::Range;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use sconce_mesh::{DType, DeviceMesh};
 
-use crate::candle_bytes::{check_shape, deep_copy, dtype_of, read_bytes, write_bytes, zeros};
+use crate::candle_bytes::{
+    check_shape, deep_copy, dtype_of, on_device, read_bytes, read_range, write_bytes, zeros,
+};
 use crate::error::CandleContext;
 use crate::placement::picture;
 use crate::{DTensorSpec, Error, LocalTensor, Placement, Result, TensorBox, Value, normalize_placements};
@@ -91,6 +94,17 @@ impl DTensor {
         Ok(Self { local: deep_copy(&self.local.detach())?, ..self.clone() })
     }
 
+    /// The same tensor, this rank's part on `device`. Gradients flow. No communication.
+    ///
+    /// # Errors
+    /// `Candle` if the device has no memory, or this build no such devices.
+    ///
+    /// # Source
+    /// `DTensor.to`.
+    pub fn to_device(&self, device: &Device) -> Result<DTensor> {
+        Ok(Self { local: on_device(&self.local, device)?, ..self.clone() })
+    }
+
     /// Where it lies.
     pub fn spec(&self) -> &DTensorSpec {
         &self.spec
@@ -135,7 +149,7 @@ impl fmt::Display for DTensor {
 /// `inner` of the tensor that holds `outer`: a copy.
 pub(crate) fn slice(tensor: &Tensor, outer: &TensorBox, inner: &TensorBox) -> Result<Tensor> {
     if inner.is_empty() {
-        return zeros(&inner.sizes, dtype_of(tensor)?);
+        return on_device(&zeros(&inner.sizes, dtype_of(tensor)?)?, tensor.device());
     }
     let dims = inner.offsets.iter().zip(&outer.offsets).zip(&inner.sizes).enumerate();
     let view = dims
@@ -159,6 +173,10 @@ impl LocalTensor for DTensor {
     fn read_box(&self, _index: usize, read: &mut dyn FnMut(&[u8])) -> Result<()> {
         self.check_whole()?;
         read_bytes(&self.local, read)
+    }
+    fn read_box_range(&self, _: usize, range: Range<usize>, read: &mut dyn FnMut(&[u8])) -> Result<()> {
+        self.check_whole()?;
+        read_range(&self.local, range, read)
     }
     fn write_box(&mut self, _index: usize, write: &mut dyn FnMut(&mut [u8])) -> Result<()> {
         self.check_whole()?;

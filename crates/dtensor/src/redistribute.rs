@@ -6,6 +6,8 @@ mod box_index;
 mod carry;
 mod exchange;
 mod geometry;
+#[cfg(feature = "cuda")]
+mod on_cuda;
 mod plan;
 #[cfg(feature = "candle")]
 mod plan_cache;

@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use sconce_mesh::{DeviceMesh, ProcessGroup, Rank};
 
 use super::{ExchangePlan, Move, coordinate, exchange, plan};
 use crate::agree::{Grid, Kind, agree_on_grids};
-use crate::candle_bytes::zeros;
+use crate::candle_bytes::{on_device, on_host, zeros};
 use crate::candle_tensors::FlatTensor;
 use crate::grad::{attach, grad_placements};
 use crate::placement::picture;
@@ -124,7 +124,7 @@ fn carry(
     let (have, want) = (held[me].first(), wanted[me].first());
     let local = zeros(want.map_or(&[0], |want| &want.sizes), *dtype)?;
     let src = match &source {
-        Some(source) => source.to_local().clone(),
+        Some(source) => on_host(source.to_local())?,
         None => zeros(&[0], *dtype)?,
     };
     let src = FlatTensor::boxes(&src, shape, have.cloned().into_iter().collect())?;
@@ -132,6 +132,8 @@ fn carry(
     let plan = ExchangePlan::new(me, &held, &wanted, &|_, _| true)?;
     exchange(group, &mut [Move { plan, src: &src, dst: &mut dst }])?;
     let Some(target) = target else { return Ok(None) };
+    let device = source.as_ref().map_or(&Device::Cpu, |source| source.to_local().device());
+    let local = on_device(&local, device)?;
     let spec = DTensorSpec { placements: whole.placements, ..target.clone() };
     DTensor::of_part(&local, spec)?.redistribute(&target.placements).map(Some)
 }

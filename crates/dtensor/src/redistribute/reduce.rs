@@ -50,7 +50,7 @@ pub(super) fn reduce_scatter(
 }
 
 /// True if the boxes lie one after the other in the one that holds them all.
-fn lies_in_order(held: &TensorBox, parts: &[TensorBox]) -> bool {
+pub(super) fn lies_in_order(held: &TensorBox, parts: &[TensorBox]) -> bool {
     let mut end = 0;
     parts.iter().filter(|part| !part.is_empty()).all(|part| {
         let mut runs = copy_runs(part, held, part);

@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use sconce_mesh::ReduceOp;
 
 use super::carry::Part;
+#[cfg(feature = "cuda")]
+use super::on_cuda::on_cuda;
 use super::reduce::{all_reduce, reduce_scatter};
 use super::{Action, ExchangePlan, Move, Plan, Step, exchange, known_plan};
-use crate::candle_bytes::{deep_copy, read_bytes, write_bytes, zeros};
+use crate::candle_bytes::{deep_copy, on_device, read_bytes, write_bytes, zeros};
 use crate::candle_tensors::FlatTensor;
 use crate::dtensor::slice;
 use crate::error::CandleContext;
@@ -98,15 +100,33 @@ fn run(tensor: &DTensor, plan: &Plan) -> Result<DTensor> {
 
 fn run_step(now: &DTensor, step: &Step) -> Result<DTensor> {
     let spec = DTensorSpec { placements: step.placements.clone(), ..now.spec().clone() };
-    let local = match &step.action {
-        Action::AllReduce { mesh_dims, op } => all_reduce(now, mesh_dims, *op)?,
-        Action::ReduceScatter { mesh_dims, op } => reduce_scatter(now, &spec, mesh_dims, *op)?,
-        Action::AllGather { mesh_dims } => all_gather(now, &spec, mesh_dims)?,
-        Action::Slice => slice(now.to_local(), now.local_box(), &spec.own_box()?)?,
-        Action::MakePartial { mesh_dim, op } => make_partial(now, &spec, *mesh_dim, *op)?,
-        Action::Exchange => move_boxes(now, &spec)?,
-    };
-    DTensor::of_part(&local, spec)
+    let device = now.to_local().device();
+    if device.is_cpu() {
+        return DTensor::of_part(&on_cpu(now, &spec, &step.action)?, spec);
+    }
+    if let Some(local) = on_cuda(now, &spec, &step.action)? {
+        return DTensor::of_part(&local, spec);
+    }
+    // Boxes are cut and joined in host memory.
+    let local = on_cpu(&now.to_device(&Device::Cpu)?, &spec, &step.action)?;
+    DTensor::of_part(&on_device(&local, device)?, spec)
+}
+
+/// There is no CUDA tensor in a build without CUDA.
+#[cfg(not(feature = "cuda"))]
+fn on_cuda(_now: &DTensor, _to: &DTensorSpec, _action: &Action) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+fn on_cpu(now: &DTensor, spec: &DTensorSpec, action: &Action) -> Result<Tensor> {
+    match action {
+        Action::AllReduce { mesh_dims, op } => all_reduce(now, mesh_dims, *op),
+        Action::ReduceScatter { mesh_dims, op } => reduce_scatter(now, spec, mesh_dims, *op),
+        Action::AllGather { mesh_dims } => all_gather(now, spec, mesh_dims),
+        Action::Slice => slice(now.to_local(), now.local_box(), &spec.own_box()?),
+        Action::MakePartial { mesh_dim, op } => make_partial(now, spec, *mesh_dim, *op),
+        Action::Exchange => move_boxes(now, spec),
+    }
 }
 
 /// One exchange over the mesh of `now`; ranks serve only ranks that share their coordinates of pending reductions.
