@@ -2,7 +2,6 @@
 
 use std::sync::{Arc, Mutex};
 
-use candle_core::Device;
 use candle_nn::VarBuilder;
 use sconce_dtensor::{FlatTensor, LocalTensor, StateDict};
 use sconce_mesh::{DeviceMesh, GroupRank, ProcessGroup};
@@ -62,7 +61,11 @@ impl FsdpBuilder {
     /// it does not compute with the parameters.
     pub fn var_builder(&self) -> VarBuilder<'static> {
         let backend = CellBackend { declared: self.declared.clone() };
-        VarBuilder::from_backend(Box::new(backend), self.config.mixed_precision.param_dtype, Device::Cpu)
+        VarBuilder::from_backend(
+            Box::new(backend),
+            self.config.mixed_precision.param_dtype,
+            self.config.device.clone(),
+        )
     }
 
     /// Lets `module`, whose parameters have names below `prefix`, be a unit of its own: gathered before its forward,
@@ -82,7 +85,7 @@ impl FsdpBuilder {
     pub fn wrap_checkpointed<M>(&self, prefix: &str, module: M) -> Result<Checkpointed<M>> {
         self.check_wrap(prefix)?;
         let slot = declared_slot(&self.declared, prefix)?;
-        Checkpointed::new(slot, module).during(|| format!("anchor of module {prefix:?}"))
+        Checkpointed::new(slot, module, &self.config.device).during(|| format!("anchor of module {prefix:?}"))
     }
 
     fn check_wrap(&self, prefix: &str) -> Result<()> {
@@ -132,7 +135,7 @@ impl FsdpBuilder {
         }
         let mut prefixes = vec![String::new()];
         prefixes.extend(self.config.units.units(&declared.wrapped, &declared.shapes())?);
-        let pass = Pass::new(self.config.mixed_precision, self.config.overlap);
+        let pass = Pass::new(&self.config);
         let units =
             (0..prefixes.len()).map(|nth| self.build_unit(&mut declared, &prefixes, nth, &pass, initialize));
         let units = units.collect::<Result<Vec<_>>>()?;

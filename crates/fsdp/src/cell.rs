@@ -13,8 +13,10 @@
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, DType, Device, InplaceOp1, Layout, Shape, Tensor, Var, bail,
+    CpuStorage, CustomOp1, CustomOp2, DType, Device, InplaceOp1, Layout, Shape, Storage, Tensor, Var, bail,
 };
 
 use crate::Error;
@@ -117,9 +119,9 @@ impl Failure {
     }
 }
 
-/// The token of the whole model.
-pub(crate) fn root_token(slot: &Arc<UnitSlot>) -> candle_core::Result<Tensor> {
-    token_below(Var::zeros(1, DType::F32, &Device::Cpu)?.as_tensor(), slot)
+/// The token of the whole model, on the device of its parameters.
+pub(crate) fn root_token(slot: &Arc<UnitSlot>, device: &Device) -> candle_core::Result<Tensor> {
+    token_below(Var::zeros(1, DType::F32, device)?.as_tensor(), slot)
 }
 
 /// The token of a name: where the gradients of all parameters below it meet. `parent` is the token of the name without
@@ -138,24 +140,40 @@ pub(crate) fn parameter_cell(
     let port = ParamPort::new(slot, token);
     let cell = token.apply_op1(ParamGrad { port: port.clone(), shape, dtype })?;
     port.register(&cell);
-    swap_storage(&cell, freed())?;
+    swap_storage(&cell, freed(cell.device())?)?;
     Ok(cell)
 }
 
 /// Storage of a freed parameter. F4 has no kernels, so that any op on it is an error; an empty F32 vector would be
 /// read out of bounds by gemm, which takes raw pointers.
-pub(crate) fn freed() -> CpuStorage {
-    CpuStorage::F4(Vec::new())
+pub(crate) fn freed(device: &Device) -> candle_core::Result<Storage> {
+    match device {
+        Device::Cpu => Ok(Storage::Cpu(CpuStorage::F4(Vec::new()))),
+        other => freed_elsewhere(other),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn freed_elsewhere(device: &Device) -> candle_core::Result<Storage> {
+    match device {
+        Device::Cuda(device) => crate::cuda::freed(device).map(Storage::Cuda),
+        other => bail!("no parameter lies on {:?}", other.location()),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn freed_elsewhere(device: &Device) -> candle_core::Result<Storage> {
+    bail!("no parameter lies on {:?}: this build is for the CPU", device.location())
 }
 
 /// Replaces the storage of a tensor, for all who share it, and returns the old one.
-pub(crate) fn swap_storage(cell: &Tensor, new: CpuStorage) -> candle_core::Result<CpuStorage> {
+pub(crate) fn swap_storage(cell: &Tensor, new: Storage) -> candle_core::Result<Storage> {
     let op = Swap(Mutex::new(new));
     cell.inplace_op1(&op)?;
     Ok(op.0.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
-struct Swap(Mutex<CpuStorage>);
+struct Swap(Mutex<Storage>);
 
 impl InplaceOp1 for Swap {
     fn name(&self) -> &'static str {
@@ -163,7 +181,19 @@ impl InplaceOp1 for Swap {
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, _layout: &Layout) -> candle_core::Result<()> {
-        std::mem::swap(storage, &mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        match &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            Storage::Cpu(new) => std::mem::swap(storage, new),
+            new => bail!("a cell on the CPU got storage on {:?}", new.device().location()),
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut CudaStorage, _layout: &Layout) -> candle_core::Result<()> {
+        match &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            Storage::Cuda(new) => std::mem::swap(storage, new),
+            new => bail!("a cell on a CUDA device got storage on {:?}", new.device().location()),
+        }
         Ok(())
     }
 }
@@ -177,6 +207,11 @@ impl CustomOp1 for Done {
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         Ok((CpuStorage::F32(vec![0.0]), Shape::from(1)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, parent: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        Ok((crate::cuda::order(&parent.device)?, Shape::from(1)))
     }
 
     fn bwd(&self, parent: &Tensor, _token: &Tensor, _grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
@@ -205,6 +240,11 @@ impl CustomOp1 for ParamGrad {
             other => bail!("no parameter is gathered in {other:?}"),
         };
         Ok((storage, self.shape.clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, token: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        Ok((crate::cuda::typed(&token.device, self.dtype)?, self.shape.clone()))
     }
 
     fn bwd(&self, token: &Tensor, _cell: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
@@ -237,6 +277,11 @@ impl CustomOp1 for UnitOut {
         Ok((copy_storage(output, layout)?, layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, output: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        Ok((crate::cuda::copy_storage(output, layout)?, layout.shape().clone()))
+    }
+
     fn bwd(&self, _output: &Tensor, _res: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
         self.0.call(Unit::pre_backward)?;
         Ok(Some(grad.clone()))
@@ -256,6 +301,17 @@ impl CustomOp2 for UnitOut {
         layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         Ok((copy_storage(output, layout)?, layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _token: &CudaStorage,
+        _: &Layout,
+        output: &CudaStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        Ok((crate::cuda::copy_storage(output, layout)?, layout.shape().clone()))
     }
 
     fn bwd(
@@ -304,6 +360,11 @@ impl CustomOp1 for InputToken {
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         Ok((CpuStorage::F32(vec![0.0]), Shape::from(1)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, input: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        Ok((crate::cuda::order(&input.device)?, Shape::from(1)))
     }
 
     fn bwd(&self, input: &Tensor, _token: &Tensor, _grad: &Tensor) -> candle_core::Result<Option<Tensor>> {

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Storage, Tensor, Var};
 use candle_nn::Module;
@@ -26,8 +28,8 @@ pub struct Checkpointed<M> {
 }
 
 impl<M> Checkpointed<M> {
-    pub(crate) fn new(slot: Arc<UnitSlot>, module: M) -> Result<Self> {
-        let anchor = Var::zeros(1, DType::F32, &Device::Cpu)?.as_tensor().clone();
+    pub(crate) fn new(slot: Arc<UnitSlot>, module: M, device: &Device) -> Result<Self> {
+        let anchor = Var::zeros(1, DType::F32, device)?.as_tensor().clone();
         Ok(Self { slot, module: Arc::new(module), anchor })
     }
 
@@ -104,12 +106,28 @@ impl CustomOp2 for Recompute {
         _input: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let output = self.output.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(output) = output else { candle_core::bail!("a checkpointed unit's op runs once") };
-        let output = output.contiguous()?;
+        let output = self.take_output()?;
         let (storage, layout) = output.storage_and_layout();
         match &*storage {
             Storage::Cpu(storage) => Ok((copy_storage(storage, layout)?, layout.shape().clone())),
+            other => candle_core::bail!("the output of a unit lies on {:?}", other.device().location()),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _anchor: &CudaStorage,
+        _: &Layout,
+        _input: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let output = self.take_output()?;
+        let (storage, layout) = output.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(storage) => {
+                Ok((crate::cuda::copy_storage(storage, layout)?, layout.shape().clone()))
+            }
             other => candle_core::bail!("the output of a unit lies on {:?}", other.device().location()),
         }
     }
@@ -134,6 +152,12 @@ impl CustomOp2 for Recompute {
 }
 
 impl Recompute {
+    fn take_output(&self) -> Result<Tensor> {
+        let output = self.output.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(output) = output else { candle_core::bail!("a checkpointed unit's op runs once") };
+        output.contiguous()
+    }
+
     /// Runs the module again, and backward through it: the gradient of this sum with respect to the output is
     /// `gradient`.
     fn backward(&self, input: &Tensor, gradient: &Tensor) -> Result<GradStore> {

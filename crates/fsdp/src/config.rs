@@ -1,5 +1,7 @@
 //! FsdpConfig: everything that is chosen before a model is built.
 
+use candle_core::Device;
+
 use crate::{MixedPrecision, Names, ShardingStrategy, WrapPolicy};
 
 /// How a model is sharded and run.
@@ -13,8 +15,11 @@ use crate::{MixedPrecision, Names, ShardingStrategy, WrapPolicy};
 ///     ..FsdpConfig::default()
 /// };
 /// ```
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct FsdpConfig {
+    /// Where the model computes: the CPU, or a CUDA device made by `Device::new_cuda_with_stream`. Shards, their gradients and
+    /// the optimizer's state lie in host memory either way; what is gathered lies on the device while it is needed.
+    pub device: Device,
     /// Who holds what, and when parameters are freed.
     pub strategy: ShardingStrategy,
     /// Which modules are gathered and freed together; the root alone by default.
@@ -34,6 +39,23 @@ pub struct FsdpConfig {
     pub mixed_precision: MixedPrecision,
     /// What is communicated while the model computes.
     pub overlap: Overlap,
+}
+
+impl Default for FsdpConfig {
+    /// Everything sharded in one unit, in f32 on the CPU.
+    fn default() -> Self {
+        Self {
+            device: Device::Cpu,
+            strategy: ShardingStrategy::default(),
+            units: WrapPolicy::default(),
+            seed: 0,
+            frozen: Names::default(),
+            kept_whole: Names::default(),
+            sync_module_states: false,
+            mixed_precision: MixedPrecision::default(),
+            overlap: Overlap::default(),
+        }
+    }
 }
 
 /// Communication beside computation.

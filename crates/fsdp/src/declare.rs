@@ -53,7 +53,7 @@ pub(crate) struct KeptWhole {
 impl Declared {
     pub(crate) fn new(config: FsdpConfig) -> Result<Self> {
         let slot = UnitSlot::new(String::new());
-        let tensor = root_token(&slot).during(|| "token of the root unit".to_owned())?;
+        let tensor = root_token(&slot, &config.device).during(|| "token of the root unit".to_owned())?;
         let tokens = HashMap::from([(String::new(), Token { slot, tensor })]);
         Ok(Self { config, tokens, params: Vec::new(), kept: Vec::new(), wrapped: Vec::new() })
     }
@@ -126,7 +126,8 @@ impl Declared {
     ) -> candle_core::Result<Tensor> {
         let mut values = vec![0f32; shape.elem_count()];
         init::fill(init, shape.dims(), self.config.seed, fqn, 0, &mut values);
-        let values = Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?;
+        let values =
+            Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(&self.config.device)?;
         let var = Var::from_tensor(&values)?;
         self.kept.push(KeptWhole { fqn: fqn.to_owned(), var: var.clone() });
         Ok(var.as_tensor().clone())

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, DType};
+use candle_core::{CpuStorage, DType, Storage};
 use half::{bf16, f16};
 use sconce_mesh::ProcessGroup;
 
 use crate::buffers::Buffers;
 use crate::flat_param::FlatParameter;
 use crate::mixed_precision::Float;
+use crate::pass::Pass;
 
 /// All parameters of a unit, each in a storage of its own, from this rank's shard and the others'.
 ///
@@ -17,39 +18,61 @@ pub(crate) fn gather(
     group: &ProcessGroup,
     flat: &FlatParameter,
     shard: &Arc<Vec<f32>>,
-    dtype: DType,
-    buffers: &Buffers,
-) -> sconce_mesh::Result<Vec<CpuStorage>> {
+    pass: &Pass,
+) -> sconce_mesh::Result<Vec<Storage>> {
     if flat.params().is_empty() {
         return Ok(Vec::new());
     }
-    match dtype {
-        DType::F16 => gather_as::<f16>(group, flat, &f16::from_shard(shard), buffers),
-        DType::BF16 => gather_as::<bf16>(group, flat, &bf16::from_shard(shard), buffers),
-        _ => gather_as::<f32>(group, flat, shard, buffers),
+    match pass.precision.param_dtype {
+        DType::F16 => gather_as::<f16>(group, flat, &f16::from_shard(shard), pass),
+        DType::BF16 => gather_as::<bf16>(group, flat, &bf16::from_shard(shard), pass),
+        _ => gather_as::<f32>(group, flat, shard, pass),
     }
 }
 
+#[cfg(feature = "cuda")]
+fn gather_as<T: Float>(
+    group: &ProcessGroup,
+    flat: &FlatParameter,
+    shard: &[T],
+    pass: &Pass,
+) -> sconce_mesh::Result<Vec<Storage>> {
+    match &pass.device {
+        candle_core::Device::Cuda(device) => crate::cuda::gather(group, flat, shard, device),
+        _ => gather_on_cpu(group, flat, shard, &pass.buffers),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gather_as<T: Float>(
+    group: &ProcessGroup,
+    flat: &FlatParameter,
+    shard: &[T],
+    pass: &Pass,
+) -> sconce_mesh::Result<Vec<Storage>> {
+    gather_on_cpu(group, flat, shard, &pass.buffers)
+}
+
 /// Gives back what [`gather`] returned.
-pub(crate) fn release(gathered: CpuStorage, buffers: &Buffers) {
+pub(crate) fn release(gathered: Storage, buffers: &Buffers) {
     match gathered {
-        CpuStorage::F32(values) => buffers.give(values),
-        CpuStorage::F16(values) => buffers.give(values),
-        CpuStorage::BF16(values) => buffers.give(values),
-        // Nothing else is gathered.
+        Storage::Cpu(CpuStorage::F32(values)) => buffers.give(values),
+        Storage::Cpu(CpuStorage::F16(values)) => buffers.give(values),
+        Storage::Cpu(CpuStorage::BF16(values)) => buffers.give(values),
+        // Nothing else is gathered on the CPU; the driver keeps the memory of a CUDA device for the next unit.
         _ => {}
     }
 }
 
 /// Straight into the buffers that the model's cells will own.
-fn gather_as<T: Float>(
+fn gather_on_cpu<T: Float>(
     group: &ProcessGroup,
     flat: &FlatParameter,
     shard: &[T],
     buffers: &Buffers,
-) -> sconce_mesh::Result<Vec<CpuStorage>> {
+) -> sconce_mesh::Result<Vec<Storage>> {
     let mut params: Vec<Vec<T>> = flat.params().iter().map(|p| buffers.take(p.numel)).collect();
     let mut padding = vec![T::default(); flat.padding()];
     group.all_gather_vectored(shard, &mut flat.pieces(&mut params, &mut padding))?;
-    Ok(params.into_iter().map(T::storage).collect())
+    Ok(params.into_iter().map(|values| Storage::Cpu(T::storage(values))).collect())
 }

@@ -8,31 +8,33 @@ use sconce_mesh::ReduceOp;
 
 use crate::flat_param::FlatParameter;
 use crate::mixed_precision::{Float, cast, slice_of};
+use crate::pass::Pass;
 use crate::strategy::Groups;
 use crate::{Error, Result};
 
 /// The complete gradients of a unit on this rank, ready to be reduced by any thread.
 pub(crate) struct Reduction {
-    flat: Arc<FlatParameter>,
-    groups: Groups,
-    dtype: DType,
-    /// Contiguous, in `dtype`, one for each trainable parameter; a missing one is zero.
-    gradients: Vec<Option<Tensor>>,
+    pub(crate) flat: Arc<FlatParameter>,
+    pub(crate) groups: Groups,
+    pub(crate) pass: Arc<Pass>,
+    /// Contiguous, in the dtype to reduce in, one for each trainable parameter; a missing one is zero.
+    pub(crate) gradients: Vec<Option<Tensor>>,
 }
 
 impl Reduction {
     pub(crate) fn new(
         flat: &Arc<FlatParameter>,
         groups: &Groups,
-        dtype: DType,
+        pass: &Arc<Pass>,
         gradients: Vec<Option<Tensor>>,
     ) -> Result<Self> {
+        let dtype = pass.precision.reduce_dtype;
         let named = flat.trainable().iter().zip(gradients);
         let cast = |(param, gradient): (&crate::ParamLayout, Option<Tensor>)| {
             gradient.map(|g| cast(&g, dtype, || format!("gradient of {}", param.fqn))).transpose()
         };
         let gradients = named.map(cast).collect::<Result<_>>()?;
-        Ok(Self { flat: flat.clone(), groups: groups.clone(), dtype, gradients })
+        Ok(Self { flat: flat.clone(), groups: groups.clone(), gradients, pass: pass.clone() })
     }
 
     /// The mean over all ranks of the mesh of this rank's shard of the gradients.
@@ -43,7 +45,7 @@ impl Reduction {
     /// `_reduce_grad` of `torch/distributed/fsdp/_runtime_utils.py`. torch divides by about the square root before and
     /// by the rest after; in f32 one division after the sums gives the same bits for world sizes that are powers of two.
     pub(crate) fn run(self) -> Result<Vec<f32>> {
-        match self.dtype {
+        match self.pass.precision.reduce_dtype {
             DType::F16 => self.averaged::<f16>(),
             DType::BF16 => self.averaged::<bf16>(),
             _ => self.summed(),
@@ -51,8 +53,7 @@ impl Reduction {
     }
 
     fn summed(self) -> Result<Vec<f32>> {
-        let mut reduced = self.scattered::<f32>(ReduceOp::Sum)?;
-        self.groups.replicate.all_reduce(&mut reduced, ReduceOp::Sum)?;
+        let mut reduced = self.reduced::<f32>(ReduceOp::Sum)?;
         let n_ranks = self.groups.n_ranks();
         if n_ranks > 1 {
             reduced.iter_mut().for_each(|g| *g /= n_ranks as f32);
@@ -62,9 +63,28 @@ impl Reduction {
 
     /// In a short dtype a sum might overflow where the mean does not.
     fn averaged<T: Float>(self) -> Result<Vec<f32>> {
-        let mut reduced = self.scattered::<T>(ReduceOp::Avg)?;
-        self.groups.replicate.all_reduce(&mut reduced, ReduceOp::Avg)?;
-        Ok(T::into_f32(reduced))
+        self.reduced::<T>(ReduceOp::Avg).map(T::into_f32)
+    }
+
+    /// This rank's shard, reduced in the shard group and over replicas.
+    #[cfg(feature = "cuda")]
+    fn reduced<T: Float>(&self, op: ReduceOp) -> Result<Vec<T>> {
+        match &self.pass.device {
+            candle_core::Device::Cuda(device) => crate::cuda::reduce(self, device, op),
+            _ => self.reduced_on_cpu(op),
+        }
+    }
+
+    /// This rank's shard, reduced in the shard group and over replicas.
+    #[cfg(not(feature = "cuda"))]
+    fn reduced<T: Float>(&self, op: ReduceOp) -> Result<Vec<T>> {
+        self.reduced_on_cpu(op)
+    }
+
+    fn reduced_on_cpu<T: Float>(&self, op: ReduceOp) -> Result<Vec<T>> {
+        let mut reduced = self.scattered::<T>(op)?;
+        self.groups.replicate.all_reduce(&mut reduced, op)?;
+        Ok(reduced)
     }
 
     fn scattered<T: Float>(&self, op: ReduceOp) -> Result<Vec<T>> {

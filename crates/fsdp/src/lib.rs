@@ -5,6 +5,8 @@ mod builder;
 mod cell;
 mod checkpointed;
 mod config;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod declare;
 mod error;
 mod flat_param;

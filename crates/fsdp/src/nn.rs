@@ -8,7 +8,8 @@
 //!
 //! Parameters that no unit shards (from a `VarMap`, say) work as well; their gradients go through candle's store.
 //!
-//! These modules compute on the CPU in f32 or f64; f16 and bf16 are widened to f32 and rounded once.
+//! These modules compute on the CPU in f32 or f64; f16 and bf16 are widened to f32 and rounded once. On other devices they
+//! are made of candle's own ops, with its values and its backward.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -31,6 +32,7 @@
 
 mod activation;
 mod attention;
+mod composed;
 mod embedding;
 mod kernel;
 mod linear;

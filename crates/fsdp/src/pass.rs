@@ -5,11 +5,12 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
+use candle_core::Device;
 use sconce_mesh::Work;
 
 use crate::buffers::Buffers;
 use crate::cell::Failure;
-use crate::config::Overlap;
+use crate::config::{FsdpConfig, Overlap};
 use crate::prefetch::UnitOrder;
 use crate::unit::Unit;
 use crate::{MixedPrecision, Result};
@@ -26,6 +27,8 @@ pub(crate) struct Pass {
     pub(crate) failure: Failure,
     pub(crate) precision: MixedPrecision,
     pub(crate) overlap: Overlap,
+    /// Where the model computes.
+    pub(crate) device: Device,
     /// Memory of gathered parameters.
     pub(crate) buffers: Buffers,
     units: OnceLock<Vec<Weak<Unit>>>,
@@ -38,11 +41,12 @@ pub(crate) struct Pass {
 }
 
 impl Pass {
-    pub(crate) fn new(precision: MixedPrecision, overlap: Overlap) -> Arc<Self> {
+    pub(crate) fn new(config: &FsdpConfig) -> Arc<Self> {
         Arc::new(Self {
             failure: Failure::default(),
-            precision,
-            overlap,
+            precision: config.mixed_precision,
+            overlap: config.overlap,
+            device: config.device.clone(),
             buffers: Buffers::default(),
             units: OnceLock::new(),
             eval: AtomicBool::new(false),

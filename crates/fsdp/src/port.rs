@@ -69,7 +69,7 @@ mod tests {
 
     #[test]
     fn a_cell_is_known_while_it_lives_and_its_views_are_not() {
-        let token = root_token(&UnitSlot::new(String::new())).unwrap();
+        let token = root_token(&UnitSlot::new(String::new()), &Device::Cpu).unwrap();
         let slot = ParamSlot::new("weight".to_owned());
         let cell = parameter_cell(&token, &slot, Shape::from((2, 2)), candle_core::DType::F32).unwrap();
         let port = ParamPort::of(&cell.clone()).unwrap();

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::{CpuStorage, Tensor};
+use candle_core::{Storage, Tensor};
 use sconce_mesh::Work;
 
 use crate::cell::{UnitSlot, freed, input_token, mark_output, swap_storage};
@@ -51,7 +51,7 @@ struct State {
 enum Params {
     Freed,
     /// On their way into buffers, not yet in the cells.
-    Gathering(Work<Vec<CpuStorage>>),
+    Gathering(Work<Vec<Storage>>),
     Unsharded,
 }
 
@@ -153,10 +153,7 @@ impl Unit {
         let communicates = self.groups.shard.size() > 1 && !self.flat.params().is_empty();
         if communicates && matches!(state.params, Params::Freed) {
             let (flat, shard, pass) = (self.flat.clone(), self.shard.values(), self.pass.clone());
-            let gathering = self
-                .groups
-                .shard
-                .issue(move |group| gather(group, &flat, &shard, pass.precision.param_dtype, &pass.buffers));
+            let gathering = self.groups.shard.issue(move |group| gather(group, &flat, &shard, &pass));
             state.params = Params::Gathering(gathering);
         }
         Ok(())
@@ -166,10 +163,7 @@ impl Unit {
     pub(crate) fn unshard(&self) -> Result<()> {
         let params = std::mem::replace(&mut self.state().params, Params::Freed);
         let gathered = match params {
-            Params::Freed => {
-                let Pass { precision, buffers, .. } = &*self.pass;
-                gather(&self.groups.shard, &self.flat, &self.shard.values(), precision.param_dtype, buffers)?
-            }
+            Params::Freed => gather(&self.groups.shard, &self.flat, &self.shard.values(), &self.pass)?,
             Params::Gathering(work) => work.wait()?,
             Params::Unsharded => {
                 self.state().params = Params::Unsharded;
@@ -192,7 +186,7 @@ impl Unit {
             }
             Params::Unsharded => {
                 for cell in &self.cells {
-                    let buffer = swap_storage(cell, freed());
+                    let buffer = freed(&self.pass.device).and_then(|freed| swap_storage(cell, freed));
                     let buffer = buffer.during(|| format!("resharding unit {:?}", self.name))?;
                     release(buffer, &self.pass.buffers);
                 }
@@ -245,8 +239,7 @@ impl Unit {
         }
         let n_gradients = self.flat.trainable().len();
         let gradients = std::mem::replace(&mut self.state().gradients, vec![None; n_gradients]);
-        let reduction =
-            Reduction::new(&self.flat, &self.groups, self.pass.precision.reduce_dtype, gradients)?;
+        let reduction = Reduction::new(&self.flat, &self.groups, &self.pass, gradients)?;
         if reduces_beside {
             self.pass.reducing(self.index, || self.groups.shard.issue(move |_| Ok(reduction.run())))
         } else {

@@ -2,6 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
+use super::composed::is_fused;
 use super::kernel::{Kernel, on_storages, on_tensors};
 use super::real::Real;
 
@@ -13,6 +14,9 @@ use super::real::Real;
 /// # Source
 /// `Tensor::gelu` of candle; `torch.nn.functional.gelu(approximate="tanh")`.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    if !is_fused(x) {
+        return x.gelu();
+    }
     x.contiguous()?.apply_op1(Gelu)
 }
 

@@ -14,6 +14,7 @@ use std::sync::OnceLock;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 
+use super::composed::{self, is_fused};
 use super::kernel::{Kernel, Lent, on_cpu, on_storages, tensor};
 use super::real::Real;
 use super::softmax::{softmax_row, softmax_row_backward};
@@ -48,6 +49,9 @@ fn apply(qkv: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
         bail!("attention: {packed} columns are not q, k and v of {heads} heads");
     }
     let dims = Dims { batch, context, heads, head_dim: packed / 3 / heads };
+    if !is_fused(qkv) {
+        return composed::attention(qkv, heads, causal);
+    }
     let op = Attention { dims, causal, weights: OnceLock::new() };
     match qkv.dtype() {
         dtype @ (DType::BF16 | DType::F16) => qkv.to_dtype(DType::F32)?.apply_op1(op)?.to_dtype(dtype),

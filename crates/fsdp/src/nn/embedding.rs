@@ -4,6 +4,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Module, Result, Shape, Tensor};
 use candle_nn::{Init, VarBuilder};
 
+use super::composed::is_fused;
 use super::kernel::{Kernel, on_tensors};
 use super::param::Param;
 use super::real::Real;
@@ -39,6 +40,9 @@ impl Embedding {
 
 impl Module for Embedding {
     fn forward(&self, indices: &Tensor) -> Result<Tensor> {
+        if !is_fused(indices) {
+            return candle_nn::Embedding::new(self.table.tensor().clone(), self.hidden_size).forward(indices);
+        }
         let mut shape = indices.dims().to_vec();
         shape.push(self.hidden_size);
         let indices = indices.flatten_all()?.to_dtype(DType::U32)?.to_vec1::<u32>()?;

@@ -2,6 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 
+use super::composed::is_fused;
 use super::kernel::{Kernel, on_storages, on_tensors};
 use super::real::{Real, largest, sum};
 use super::softmax::softmax_row;
@@ -20,9 +21,13 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     if targets.dims1()? != n {
         bail!("cross entropy: logits are [{n}, {n_classes}], targets {:?}", targets.dims());
     }
+    let by_class = targets;
     let targets = targets.to_dtype(DType::U32)?.to_vec1::<u32>()?;
     if let Some(target) = targets.iter().find(|target| **target as usize >= n_classes) {
         bail!("cross entropy: target {target} of {n_classes} classes");
+    }
+    if !is_fused(logits) {
+        return candle_nn::loss::cross_entropy(logits, by_class);
     }
     logits.contiguous()?.apply_op1(CrossEntropy { targets, n_classes })
 }

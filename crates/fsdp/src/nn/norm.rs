@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Module, Result, Shape, Tensor, bail};
 use candle_nn::{Init, LayerNormConfig, VarBuilder};
 
+use super::composed::{self, is_fused};
 use super::kernel::{Kernel, Lent, on_storages, on_tensors};
 use super::param::Param;
 use super::real::{Real, sum, sum2};
@@ -58,6 +59,10 @@ impl LayerNorm {
 
 impl Module for LayerNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if !is_fused(x) {
+            let bias = self.bias.as_ref().map(Param::tensor);
+            return composed::norm(x, self.weight.tensor(), bias, (self.remove_mean, self.eps));
+        }
         let (x, weight) = (x.contiguous()?, self.weight.argument());
         let op = Norm(self.clone());
         match &self.bias {

@@ -2,6 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 
+use super::composed::is_fused;
 use super::kernel::{Kernel, on_storages, on_tensors};
 use super::real::{Real, largest, sum, sum2};
 
@@ -14,6 +15,9 @@ use super::real::{Real, largest, sum, sum2};
 /// `candle_nn::ops::softmax_last_dim`, which has no backward; `torch.softmax(x, -1)`.
 pub fn softmax_last_dim(x: &Tensor) -> Result<Tensor> {
     let width = x.dim(D::Minus1)?;
+    if !is_fused(x) {
+        return candle_nn::ops::softmax(x, D::Minus1);
+    }
     x.contiguous()?.apply_op1(Softmax { width })
 }
 
