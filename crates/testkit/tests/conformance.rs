@@ -1,11 +1,12 @@
-//! The local backend keeps the contract of process groups, with ranks as threads and as processes.
+//! The backends keep the contract of process groups: the local one with ranks as threads and as processes, those of CUDA
+//! tensors with processes.
 
 use std::time::Duration;
 
 use sconce_testkit::conformance::{
-    ODD_CALLS, process_group_abort, process_group_answers, process_group_mismatch,
+    ODD_CALLS, process_group_abort, process_group_answers, process_group_answers_at, process_group_mismatch,
 };
-use sconce_testkit::{rank_tests, run_procs, run_ranks, test_path};
+use sconce_testkit::{Place, gpu_ranks, rank_tests, run_procs, run_ranks, test_path};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -32,6 +33,16 @@ rank_tests! {
         get_the_oracles_answers => |rank| process_group_answers(&rank.world, 150, 7);
         agree_on_a_mismatch => |rank| process_group_mismatch(&rank.world, 0);
         learn_of_an_abort => |rank| process_group_abort(&rank.world);
+    }
+}
+
+rank_tests! {
+    ranks: gpu_ranks(), deadline: Duration::from_secs(300);
+    mod on_cuda {
+        #[ignore = "needs a CUDA device: cargo xtask gpu-test"]
+        ranks_get_the_oracles_answers => |rank| {
+            process_group_answers_at(&Place::cuda(&rank.world), &rank.world, 300, 11);
+        };
     }
 }
 

@@ -14,14 +14,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use common::{
-    CPU, Kind, Place, Sharded, adam, bytes, contents, dtensor, fsdp_mesh, hsdp_mesh, input, load,
-    model_state, save,
+    CPU, Kind, Sharded, adam, bytes, contents, dtensor, fsdp_mesh, hsdp_mesh, input, load, model_state, save,
 };
 use sconce_checkpoint::{Error, LoadOptions, Verify, load_with};
 use sconce_dtensor::{Placement, StateDict};
 use sconce_fsdp::ShardingStrategy::{FullShard, HybridShard};
 use sconce_mesh::ProcessGroup;
-use sconce_testkit::{rank_tests, run_procs, run_procs_for_exits};
+use sconce_testkit::{Place, RankContext, gpu_ranks, rank_tests, run_procs, run_procs_for_exits};
 
 /// One whose initial weights leave no rank a shard behind dead ReLUs: those would rightly not change in a step.
 const SEED: u64 = 4;
@@ -36,7 +35,7 @@ enum Twist {
 fn hsdp_checkpoint(world: &ProcessGroup, place: &Place, dir: &Path, kind: Kind, twist: Twist) {
     let checkpoint = dir.join("checkpoint");
     let mesh = hsdp_mesh(world, place);
-    let sharded = Sharded::new(kind, &mesh, HybridShard, SEED);
+    let sharded = Sharded::at(place, kind, &mesh, HybridShard, SEED);
     let mut optim = adam(&sharded);
     let mut saved = model_state(sharded.sharded_state()).deep_copy().unwrap();
     save(world, &checkpoint, &saved).unwrap();
@@ -67,11 +66,11 @@ fn compare(saved: &StateDict<'_>, now: &StateDict<'_>, check: impl Fn(&str, &[u8
 
 fn hsdp_fsdp_checkpoint_conversion(world: &ProcessGroup, place: &Place, dir: &Path, kind: Kind) {
     let checkpoint = dir.join("checkpoint");
-    let hsdp = Sharded::new(kind, &hsdp_mesh(world, place), HybridShard, SEED);
+    let hsdp = Sharded::at(place, kind, &hsdp_mesh(world, place), HybridShard, SEED);
     let hsdp_state = model_state(hsdp.sharded_state());
     save(world, &checkpoint, &hsdp_state).unwrap();
 
-    let fsdp = Sharded::new(kind, &fsdp_mesh(world, place), FullShard, SEED + 1);
+    let fsdp = Sharded::at(place, kind, &fsdp_mesh(world, place), FullShard, SEED + 1);
     let mut fsdp_state = model_state(fsdp.sharded_state());
     compare_converted(&hsdp_state, &fsdp.sharded_state(), |fqn, v1, v2| assert_ne!(v1, v2, "{fqn}"));
 
@@ -105,6 +104,41 @@ rank_tests! {
     mod hsdp_fsdp_checkpoint_conversion {
         even => |rank| super::hsdp_fsdp_checkpoint_conversion(&rank.world, &CPU, &rank.dir, Kind::Even);
         uneven => |rank| super::hsdp_fsdp_checkpoint_conversion(&rank.world, &CPU, &rank.dir, Kind::Uneven);
+    }
+}
+
+/// The same bodies with CUDA tensors; `cargo xtask gpu-test` says on how many ranks, and what carries the tensors.
+mod on_cuda {
+    use super::*;
+
+    const CUDA_DEADLINE: Duration = Duration::from_secs(300);
+
+    fn place(rank: &RankContext) -> Place {
+        Place::cuda(&rank.world)
+    }
+
+    rank_tests! {
+        ranks: gpu_ranks(), deadline: CUDA_DEADLINE;
+        mod hsdp_checkpoint {
+            #[ignore = "needs a CUDA device: cargo xtask gpu-test"]
+            even => |rank| {
+                crate::hsdp_checkpoint(&rank.world, &place(&rank), &rank.dir, Kind::Even, Twist::None);
+            };
+            #[ignore = "needs a CUDA device: cargo xtask gpu-test"]
+            uneven => |rank| {
+                crate::hsdp_checkpoint(&rank.world, &place(&rank), &rank.dir, Kind::Uneven, Twist::None);
+            };
+        }
+        mod hsdp_fsdp_checkpoint_conversion {
+            #[ignore = "needs a CUDA device: cargo xtask gpu-test"]
+            even => |rank| {
+                crate::hsdp_fsdp_checkpoint_conversion(&rank.world, &place(&rank), &rank.dir, Kind::Even);
+            };
+            #[ignore = "needs a CUDA device: cargo xtask gpu-test"]
+            uneven => |rank| {
+                crate::hsdp_fsdp_checkpoint_conversion(&rank.world, &place(&rank), &rank.dir, Kind::Uneven);
+            };
+        }
     }
 }
 

@@ -6,6 +6,9 @@ use std::fmt::Debug;
 
 use sconce_mesh::{DType, Element, Error, GroupRank, ProcessGroup, Rank, ReduceOp, Work};
 
+use super::carried::Carried;
+use crate::Place;
+
 /// Lengths beside random ones: empty, one, around 32 KiB and around 1 MiB for elements of 4 bytes.
 const LENS: [usize; 6] = [0, 1, 8192, 8193, 262_144, 262_147];
 const OPS: [ReduceOp; 5] = [ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Min, ReduceOp::Max, ReduceOp::Prod];
@@ -17,13 +20,21 @@ const OPS: [ReduceOp; 5] = [ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Min, ReduceO
 /// # Panics
 /// If an answer is wrong.
 pub fn process_group_answers(world: &ProcessGroup, rounds: usize, seed: u64) {
+    process_group_answers_at(&Place::CPU, world, rounds, seed);
+}
+
+/// As [`process_group_answers`], of tensors at `place`; what has no form for a device runs in host memory.
+///
+/// # Panics
+/// If an answer is wrong.
+pub fn process_group_answers_at(place: &Place, world: &ProcessGroup, rounds: usize, seed: u64) {
     let groups = overlapping_groups(world);
     let mut random = Random(seed);
     for round in 0..rounds {
         // All ranks draw the same, also those that sit a round out.
         let (group, draws) = (&groups[random.below(groups.len())], Draws::new(&mut random));
         if let Some(group) = group {
-            Case { group, draws, round }.run();
+            Case { group, carried: Carried { group, place }, draws, round }.run();
         }
     }
     works_keep_their_order(world);
@@ -89,6 +100,7 @@ impl Draws {
 
 struct Case<'a> {
     group: &'a ProcessGroup,
+    carried: Carried<'a>,
     draws: Draws,
     round: usize,
 }
@@ -168,6 +180,10 @@ impl Case<'_> {
         self.group.group_rank().0
     }
 
+    fn op(&self) -> ReduceOp {
+        self.carried.exact(self.draws.op)
+    }
+
     fn root(&self) -> GroupRank {
         GroupRank(self.draws.root % self.n())
     }
@@ -183,7 +199,7 @@ impl Case<'_> {
 
     fn reduced<T: Small>(&self, i: usize) -> T {
         let column = (0..self.n()).map(|g| self.value(g, i));
-        match self.draws.op {
+        match self.op() {
             ReduceOp::Sum => T::of(column.sum()),
             ReduceOp::Avg => T::mean(column.sum(), self.n()),
             ReduceOp::Min => T::of(column.min().unwrap_or(0)),
@@ -210,7 +226,7 @@ impl Case<'_> {
 
     fn all_reduce<T: Small>(&self) {
         let mut buffer = self.input::<T>(self.me(), self.draws.len);
-        self.group.all_reduce(&mut buffer, self.draws.op).expect("an all_reduce");
+        self.carried.all_reduce(&mut buffer, self.op()).expect("an all_reduce");
         self.same(&buffer, (0..self.draws.len).map(|i| self.reduced(i)));
     }
 
@@ -219,7 +235,7 @@ impl Case<'_> {
         let is_root = self.root().0 == self.me();
         let input = self.input::<T>(self.me(), self.draws.len);
         let to = is_root.then_some(&mut output[..]);
-        self.group.reduce(&input, to, self.draws.op, self.root()).expect("a reduce");
+        self.group.reduce(&input, to, self.op(), self.root()).expect("a reduce");
         if is_root {
             self.same(&output, (0..self.draws.len).map(|i| self.reduced(i)));
         }
@@ -227,7 +243,7 @@ impl Case<'_> {
 
     fn broadcast<T: Small>(&self) {
         let mut buffer = self.input::<T>(self.me(), self.draws.len);
-        self.group.broadcast(&mut buffer, self.root()).expect("a broadcast");
+        self.carried.broadcast(&mut buffer, self.root()).expect("a broadcast");
         self.same(&buffer, self.input(self.root().0, self.draws.len));
     }
 
@@ -235,12 +251,12 @@ impl Case<'_> {
         let counts = self.counts();
         let mut output = vec![T::of(0); counts.iter().sum()];
         let input = self.input::<T>(self.me(), self.count(self.me()));
-        self.group.all_gather_uneven(&input, &counts, &mut output).expect("an all_gather");
+        self.carried.all_gather_uneven(&input, &counts, &mut output).expect("an all_gather");
         self.same(&output, (0..self.n()).flat_map(|g| self.input(g, self.count(g))));
 
         let mut even = vec![T::of(0); self.draws.len * self.n()];
         let input = self.input::<T>(self.me(), self.draws.len);
-        self.group.all_gather_into(&input, &mut even).expect("an all_gather");
+        self.carried.all_gather(&input, &mut even).expect("an all_gather");
         self.same(&even, (0..self.n()).flat_map(|g| self.input(g, self.draws.len)));
     }
 
@@ -263,7 +279,7 @@ impl Case<'_> {
         let part = self.draws.len / self.n();
         let mut output = vec![T::of(0); part];
         let input = self.input::<T>(self.me(), part * self.n());
-        self.group.reduce_scatter(&input, &mut output, self.draws.op).expect("a reduce_scatter");
+        self.carried.reduce_scatter(&input, &mut output, self.op()).expect("a reduce_scatter");
         self.same(&output, (0..part).map(|i| self.reduced(self.me() * part + i)));
     }
 
@@ -272,7 +288,7 @@ impl Case<'_> {
         let (start, len) = (counts[..self.me()].iter().sum::<usize>(), counts[self.me()]);
         let mut output = vec![T::of(0); len];
         let input = self.input::<T>(self.me(), counts.iter().sum());
-        let reduced = self.group.reduce_scatter_uneven(&input, &counts, &mut output, self.draws.op);
+        let reduced = self.carried.reduce_scatter_uneven(&input, &counts, &mut output, self.op());
         reduced.expect("a reduce_scatter");
         self.same(&output, (start..start + len).map(|i| self.reduced(i)));
     }
@@ -281,7 +297,7 @@ impl Case<'_> {
         let part = self.draws.len / self.n();
         let input = self.input::<T>(self.me(), part * self.n());
         let mut output = input.clone();
-        self.group.all_to_all(&input, &mut output).expect("an all_to_all");
+        self.carried.all_to_all(&input, &mut output).expect("an all_to_all");
         let from = |g: usize| (0..part).map(move |i| T::of(self.value(g, self.me() * part + i)));
         self.same(&output, (0..self.n()).flat_map(from));
     }
@@ -294,7 +310,7 @@ impl Case<'_> {
         let input: Vec<T> =
             send.iter().enumerate().flat_map(|(h, len)| self.input(self.me() + h, *len)).collect();
         let mut output = vec![T::of(0); receive.iter().sum()];
-        self.group.all_to_all_uneven(&input, &send, &mut output, &receive).expect("an all_to_all");
+        self.carried.all_to_all_uneven(&input, &send, &mut output, &receive).expect("an all_to_all");
         let from = receive.iter().enumerate().flat_map(|(g, len)| self.input(g + self.me(), *len));
         self.same(&output, from);
     }

@@ -16,8 +16,8 @@ use sconce_dtensor::{DTensor, LocalTensor, StateDict, Value};
 use sconce_fsdp::{
     Adam, AdamConfig, Fsdp, FsdpBuilder, FsdpConfig, Optimizer, ShardingStrategy, StateDictType,
 };
-use sconce_mesh::{DeviceMesh, DeviceType, ProcessGroup};
-use sconce_testkit::{SimpleModel, SimpleModelUneven};
+use sconce_mesh::{DeviceMesh, ProcessGroup};
+use sconce_testkit::{Place, SimpleModel, SimpleModelUneven};
 
 /// Which of the document's models.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,30 +26,34 @@ pub(crate) enum Kind {
     Uneven,
 }
 
-/// Where a case runs: the same bodies serve the CPU and CUDA.
-#[derive(Debug, Clone)]
-pub(crate) struct Place {
-    pub(crate) device_type: DeviceType,
-    pub(crate) device: Device,
-}
-
-pub(crate) const CPU: Place = Place { device_type: DeviceType::Cpu, device: Device::Cpu };
+pub(crate) const CPU: Place = Place::CPU;
 
 /// A fixture model under FSDP.
 pub(crate) struct Sharded {
     pub(crate) model: Box<dyn Module>,
     pub(crate) fsdp: Fsdp,
+    place: Place,
 }
 
 impl Sharded {
     pub(crate) fn new(kind: Kind, mesh: &DeviceMesh, strategy: ShardingStrategy, seed: u64) -> Self {
-        let config = FsdpConfig { strategy, seed, ..FsdpConfig::default() };
+        Self::at(&CPU, kind, mesh, strategy, seed)
+    }
+
+    pub(crate) fn at(
+        place: &Place,
+        kind: Kind,
+        mesh: &DeviceMesh,
+        strategy: ShardingStrategy,
+        seed: u64,
+    ) -> Self {
+        let config = FsdpConfig { device: place.device.clone(), strategy, seed, ..FsdpConfig::default() };
         let builder = FsdpBuilder::new(mesh, config).unwrap();
         let model: Box<dyn Module> = match kind {
             Kind::Even => Box::new(SimpleModel::new(builder.var_builder()).unwrap()),
             Kind::Uneven => Box::new(SimpleModelUneven::new(builder.var_builder()).unwrap()),
         };
-        Self { model, fsdp: builder.build().unwrap() }
+        Self { model, fsdp: builder.build().unwrap(), place: place.clone() }
     }
 
     pub(crate) fn sharded_state(&self) -> StateDict<'static> {
@@ -58,6 +62,7 @@ impl Sharded {
 
     /// One step on this rank's own input.
     pub(crate) fn step(&self, optim: &mut dyn Optimizer, input: &Tensor) -> sconce_fsdp::Result<f32> {
+        let input = &self.place.put(input).unwrap();
         let loss = self.fsdp.forward(&[input], || self.model.forward(input)?.sum_all())?;
         self.fsdp.backward(&loss)?;
         optim.step(&self.fsdp)?;
@@ -65,9 +70,10 @@ impl Sharded {
     }
 }
 
-/// HSDP over all ranks: replicate 2, shard the rest.
+/// HSDP over all ranks: replicate 2 if there are as many, shard the rest.
 pub(crate) fn hsdp_mesh(world: &ProcessGroup, place: &Place) -> DeviceMesh {
-    let shape = [2, world.size() / 2];
+    let replicas = world.size().min(2);
+    let shape = [replicas, world.size() / replicas];
     DeviceMesh::new(world, place.device_type, &shape, &["replicate", "shard"]).unwrap()
 }
 
