@@ -9,7 +9,7 @@
 //! Collectives run on the group's progress thread and on its own stream, beside what this thread puts on candle's.
 
 use candle_core::cuda_backend::CudaStorageSlice;
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor};
+use candle_core::{CpuStorage, CudaDevice, CudaStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor};
 use sconce_mesh::cuda::{CudaBytes, CudaBytesMut, read_chunks, uninit, write_chunks};
 use sconce_mesh::{ProcessGroup, ReduceOp};
 
@@ -47,35 +47,104 @@ pub(crate) fn copy_storage(storage: &CudaStorage, layout: &Layout) -> Result<Cud
     copy().map_err(candle_core::Error::wrap)
 }
 
-/// All parameters of a unit, each in a storage of its own, from this rank's shard and the others'.
+/// Room for whole parameters, one storage each. Taken when a gathering is begun, so that filling it does not wait for what
+/// is computed meanwhile: memory is there once its stream has come to where it was taken.
+pub(crate) fn room(
+    flat: &FlatParameter,
+    dtype: DType,
+    device: &CudaDevice,
+) -> sconce_mesh::Result<Vec<Storage>> {
+    let dtype = sconce_mesh::DType::try_from(dtype)?;
+    let params = flat.params().iter().map(|param| uninit(device, dtype, param.numel).map(Storage::Cuda));
+    params.collect()
+}
+
+/// Fills `room` with all parameters of a unit, from this rank's shard and the others'.
 ///
 /// Ranks: collective over `group`: one all-gather.
 pub(crate) fn gather<T: Float>(
     group: &ProcessGroup,
     flat: &FlatParameter,
     shard: &[T],
-    device: &CudaDevice,
+    mut room: Vec<Storage>,
 ) -> sconce_mesh::Result<Vec<Storage>> {
-    let (dtype, size, numel) = (T::DTYPE, size_of::<T>(), flat.shard_numel());
-    let mut own = uninit(device, dtype, numel)?;
+    let numel = flat.shard_numel();
+    let (mut params, layouts): (Vec<&mut CudaStorage>, Vec<Layout>) = room
+        .iter_mut()
+        .zip(flat.params())
+        .filter_map(|(storage, param)| match storage {
+            Storage::Cuda(storage) => Some((storage, Layout::contiguous(param.numel))),
+            _ => None,
+        })
+        .unzip();
+    let Some(device) = params.first().map(|param| param.device.clone()) else { return Ok(room) };
+    let mut own = uninit(&device, T::DTYPE, numel)?;
     put(&mut own, shard)?;
-    let mut whole = uninit(device, dtype, numel * group.size())?;
+    let input = CudaBytes::of_marked(&own, &Layout::contiguous(numel))?;
+    let lent = params.iter_mut().zip(&layouts).map(|(param, layout)| CudaBytesMut::of(param, layout));
+    let mut pieces = lent.collect::<sconce_mesh::Result<Vec<_>>>()?;
+    if flat.is_one_sequence() {
+        group.cuda_all_gather(&input, &mut pieces)?;
+    } else {
+        gather_cut::<T>(group, flat, &input, &mut pieces, &device)?;
+    }
+    drop(pieces);
+    Ok(room)
+}
+
+/// The same where trainable and frozen parameters take turns in what is gathered.
+fn gather_cut<T: Float>(
+    group: &ProcessGroup,
+    flat: &FlatParameter,
+    input: &CudaBytes<'_>,
+    params: &mut [CudaBytesMut<'_>],
+    device: &CudaDevice,
+) -> sconce_mesh::Result<()> {
+    let (size, numel) = (size_of::<T>(), flat.shard_numel());
+    let mut whole = uninit(device, T::DTYPE, numel * group.size())?;
     let all = Layout::contiguous(numel * group.size());
-    let input = CudaBytes::of(&own, &Layout::contiguous(numel))?;
-    group.cuda_all_gather(&input, &mut [CudaBytesMut::of(&mut whole, &all)?])?;
-    let whole = CudaBytes::of(&whole, &all)?;
-    let param = |(index, layout): (usize, &crate::ParamLayout)| {
-        let mut param = uninit(device, dtype, layout.numel)?;
-        let mut to = CudaBytesMut::of(&mut param, &Layout::contiguous(layout.numel))?;
+    group.cuda_all_gather(input, &mut [CudaBytesMut::of(&mut whole, &all)?])?;
+    let whole = CudaBytes::of_marked(&whole, &all)?;
+    for (index, param) in params.iter_mut().enumerate() {
         for shard in 0..group.size() {
             let run = flat.run(index, shard);
             let from = (shard * numel + run.shard_offset) * size;
-            let mut to = to.range_mut(run.param_offset * size..(run.param_offset + run.len) * size);
+            let mut to = param.range_mut(run.param_offset * size..(run.param_offset + run.len) * size);
             to.copy_from(&whole.range(from..from + run.len * size))?;
         }
-        Ok(Storage::Cuda(param))
-    };
-    flat.params().iter().enumerate().map(param).collect()
+    }
+    Ok(())
+}
+
+/// Notes that a gradient is written by now, so that its reduction waits for nothing that is computed later.
+pub(crate) fn mark_written(gradient: &Tensor) -> Result<()> {
+    gradient.inplace_op1(&Mark)
+}
+
+struct Mark;
+
+impl InplaceOp1 for Mark {
+    fn name(&self) -> &'static str {
+        "fsdp-mark-written"
+    }
+
+    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
+        Ok(())
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
+        sconce_mesh::cuda::mark_written(storage).map_err(candle_core::Error::wrap)
+    }
+}
+
+/// Room for this rank's shard of the reduced gradients.
+pub(crate) fn reduced_room(
+    flat: &FlatParameter,
+    dtype: DType,
+    device: &CudaDevice,
+) -> crate::Result<Storage> {
+    let dtype = sconce_mesh::DType::try_from(dtype)?;
+    Ok(Storage::Cuda(uninit(device, dtype, flat.trainable_shard_numel())?))
 }
 
 /// This rank's shard of the gradients, reduced in the shard group and over replicas, in host memory.
@@ -83,10 +152,11 @@ pub(crate) fn gather<T: Float>(
 /// Ranks: collective over the shard group, then over the replicate group.
 pub(crate) fn reduce<T: Float>(
     reduction: &Reduction,
-    device: &CudaDevice,
+    mut reduced: CudaStorage,
     op: ReduceOp,
 ) -> crate::Result<Vec<T>> {
     let Reduction { flat, groups, gradients, .. } = reduction;
+    let device = reduced.device.clone();
     let dtype = reduction.pass.precision.reduce_dtype;
     let zeros = |numel| Tensor::zeros(numel, dtype, &candle_core::Device::Cuda(device.clone()));
     let named = flat.trainable().iter().zip(gradients);
@@ -102,10 +172,15 @@ pub(crate) fn reduce<T: Float>(
             let got = format!("a gradient on {:?}", storage.device().location());
             return Err(crate::Error::UnsupportedDType { fqn: param.fqn.clone(), got });
         };
-        parts.push(CudaBytes::of(storage, layout)?);
+        // Marked when the reduction was begun; zeros are of now.
+        let was_given = gradients[parts.len()].is_some();
+        parts.push(if was_given {
+            CudaBytes::of_marked(storage, layout)?
+        } else {
+            CudaBytes::of(storage, layout)?
+        });
     }
     let numel = flat.trainable_shard_numel();
-    let mut reduced = uninit(device, T::DTYPE, numel)?;
     let mut output = CudaBytesMut::of(&mut reduced, &Layout::contiguous(numel))?;
     groups.shard.cuda_reduce_scatter(&parts, &mut output, op)?;
     if groups.replicate.size() > 1 {

@@ -142,7 +142,7 @@ impl FlatParameter {
         cut
     }
 
-    fn is_one_sequence(&self) -> bool {
+    pub(crate) fn is_one_sequence(&self) -> bool {
         self.trainable_chunk == 0 || self.frozen_chunk == 0
     }
 }

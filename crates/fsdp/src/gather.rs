@@ -13,21 +13,38 @@ use crate::pass::Pass;
 
 /// All parameters of a unit, each in a storage of its own, from this rank's shard and the others'.
 ///
+/// `room` was taken by [`room`] when the gathering was begun.
 /// Ranks: collective over `group`: one all-gather, none for a unit without parameters.
 pub(crate) fn gather(
     group: &ProcessGroup,
     flat: &FlatParameter,
     shard: &Arc<Vec<f32>>,
     pass: &Pass,
+    room: Vec<Storage>,
 ) -> sconce_mesh::Result<Vec<Storage>> {
     if flat.params().is_empty() {
         return Ok(Vec::new());
     }
     match pass.precision.param_dtype {
-        DType::F16 => gather_as::<f16>(group, flat, &f16::from_shard(shard), pass),
-        DType::BF16 => gather_as::<bf16>(group, flat, &bf16::from_shard(shard), pass),
-        _ => gather_as::<f32>(group, flat, shard, pass),
+        DType::F16 => gather_as::<f16>(group, flat, &f16::from_shard(shard), pass, room),
+        DType::BF16 => gather_as::<bf16>(group, flat, &bf16::from_shard(shard), pass, room),
+        _ => gather_as::<f32>(group, flat, shard, pass, room),
     }
+}
+
+/// What a gathering needs of the device before it begins; nothing on the CPU.
+#[cfg(feature = "cuda")]
+pub(crate) fn room(flat: &FlatParameter, pass: &Pass) -> sconce_mesh::Result<Vec<Storage>> {
+    match &pass.device {
+        candle_core::Device::Cuda(device) => crate::cuda::room(flat, pass.precision.param_dtype, device),
+        _ => Ok(Vec::new()),
+    }
+}
+
+/// What a gathering needs of the device before it begins; nothing on the CPU.
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn room(_flat: &FlatParameter, _pass: &Pass) -> sconce_mesh::Result<Vec<Storage>> {
+    Ok(Vec::new())
 }
 
 #[cfg(feature = "cuda")]
@@ -36,9 +53,10 @@ fn gather_as<T: Float>(
     flat: &FlatParameter,
     shard: &[T],
     pass: &Pass,
+    room: Vec<Storage>,
 ) -> sconce_mesh::Result<Vec<Storage>> {
     match &pass.device {
-        candle_core::Device::Cuda(device) => crate::cuda::gather(group, flat, shard, device),
+        candle_core::Device::Cuda(_) => crate::cuda::gather(group, flat, shard, room),
         _ => gather_on_cpu(group, flat, shard, &pass.buffers),
     }
 }
@@ -49,6 +67,7 @@ fn gather_as<T: Float>(
     flat: &FlatParameter,
     shard: &[T],
     pass: &Pass,
+    _room: Vec<Storage>,
 ) -> sconce_mesh::Result<Vec<Storage>> {
     gather_on_cpu(group, flat, shard, &pass.buffers)
 }

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Storage, Tensor};
 use half::{bf16, f16};
 use sconce_mesh::ReduceOp;
 
+#[cfg(feature = "cuda")]
+use crate::error::CandleContext;
 use crate::flat_param::FlatParameter;
 use crate::mixed_precision::{Float, cast, slice_of};
 use crate::pass::Pass;
@@ -19,6 +21,8 @@ pub(crate) struct Reduction {
     pub(crate) pass: Arc<Pass>,
     /// Contiguous, in the dtype to reduce in, one for each trainable parameter; a missing one is zero.
     pub(crate) gradients: Vec<Option<Tensor>>,
+    /// Where a device reduces to; nothing on the CPU.
+    room: Option<Storage>,
 }
 
 impl Reduction {
@@ -33,8 +37,9 @@ impl Reduction {
         let cast = |(param, gradient): (&crate::ParamLayout, Option<Tensor>)| {
             gradient.map(|g| cast(&g, dtype, || format!("gradient of {}", param.fqn))).transpose()
         };
-        let gradients = named.map(cast).collect::<Result<_>>()?;
-        Ok(Self { flat: flat.clone(), groups: groups.clone(), gradients, pass: pass.clone() })
+        let gradients = named.map(cast).collect::<Result<Vec<_>>>()?;
+        let room = room(flat, pass, &gradients)?;
+        Ok(Self { flat: flat.clone(), groups: groups.clone(), gradients, pass: pass.clone(), room })
     }
 
     /// The mean over all ranks of the mesh of this rank's shard of the gradients.
@@ -52,7 +57,7 @@ impl Reduction {
         }
     }
 
-    fn summed(self) -> Result<Vec<f32>> {
+    fn summed(mut self) -> Result<Vec<f32>> {
         let mut reduced = self.reduced::<f32>(ReduceOp::Sum)?;
         let n_ranks = self.groups.n_ranks();
         if n_ranks > 1 {
@@ -62,22 +67,23 @@ impl Reduction {
     }
 
     /// In a short dtype a sum might overflow where the mean does not.
-    fn averaged<T: Float>(self) -> Result<Vec<f32>> {
+    fn averaged<T: Float>(mut self) -> Result<Vec<f32>> {
         self.reduced::<T>(ReduceOp::Avg).map(T::into_f32)
     }
 
     /// This rank's shard, reduced in the shard group and over replicas.
     #[cfg(feature = "cuda")]
-    fn reduced<T: Float>(&self, op: ReduceOp) -> Result<Vec<T>> {
-        match &self.pass.device {
-            candle_core::Device::Cuda(device) => crate::cuda::reduce(self, device, op),
+    fn reduced<T: Float>(&mut self, op: ReduceOp) -> Result<Vec<T>> {
+        match self.room.take() {
+            Some(Storage::Cuda(room)) => crate::cuda::reduce(self, room, op),
             _ => self.reduced_on_cpu(op),
         }
     }
 
     /// This rank's shard, reduced in the shard group and over replicas.
     #[cfg(not(feature = "cuda"))]
-    fn reduced<T: Float>(&self, op: ReduceOp) -> Result<Vec<T>> {
+    fn reduced<T: Float>(&mut self, op: ReduceOp) -> Result<Vec<T>> {
+        debug_assert!(self.room.is_none(), "the CPU needs no room");
         self.reduced_on_cpu(op)
     }
 
@@ -118,4 +124,21 @@ impl Reduction {
         let missing = self.flat.trainable().iter().zip(&self.gradients).filter(|(_, g)| g.is_none());
         missing.map(|(param, _)| param.numel).max().unwrap_or(0)
     }
+}
+
+/// Takes room on a device for what is reduced, and notes there that the gradients are written by now.
+#[cfg(feature = "cuda")]
+fn room(flat: &FlatParameter, pass: &Pass, gradients: &[Option<Tensor>]) -> Result<Option<Storage>> {
+    let candle_core::Device::Cuda(device) = &pass.device else { return Ok(None) };
+    for (param, gradient) in flat.trainable().iter().zip(gradients) {
+        let marked = gradient.as_ref().map_or(Ok(()), crate::cuda::mark_written);
+        marked.during(|| format!("gradient of {}", param.fqn))?;
+    }
+    crate::cuda::reduced_room(flat, pass.precision.reduce_dtype, device).map(Some)
+}
+
+/// The CPU needs none.
+#[cfg(not(feature = "cuda"))]
+fn room(_flat: &FlatParameter, _pass: &Pass, _gradients: &[Option<Tensor>]) -> Result<Option<Storage>> {
+    Ok(None)
 }

@@ -8,7 +8,7 @@ use sconce_mesh::Work;
 use crate::cell::{UnitSlot, freed, input_token, mark_output, swap_storage};
 use crate::error::CandleContext;
 use crate::flat_param::FlatParameter;
-use crate::gather::{gather, release};
+use crate::gather::{gather, release, room};
 use crate::grad_sync::Reduction;
 use crate::pass::Pass;
 use crate::shard::Shard;
@@ -153,7 +153,8 @@ impl Unit {
         let communicates = self.groups.shard.size() > 1 && !self.flat.params().is_empty();
         if communicates && matches!(state.params, Params::Freed) {
             let (flat, shard, pass) = (self.flat.clone(), self.shard.values(), self.pass.clone());
-            let gathering = self.groups.shard.issue(move |group| gather(group, &flat, &shard, &pass));
+            let room = room(&flat, &pass)?;
+            let gathering = self.groups.shard.issue(move |group| gather(group, &flat, &shard, &pass, room));
             state.params = Params::Gathering(gathering);
         }
         Ok(())
@@ -163,7 +164,10 @@ impl Unit {
     pub(crate) fn unshard(&self) -> Result<()> {
         let params = std::mem::replace(&mut self.state().params, Params::Freed);
         let gathered = match params {
-            Params::Freed => gather(&self.groups.shard, &self.flat, &self.shard.values(), &self.pass)?,
+            Params::Freed => {
+                let room = room(&self.flat, &self.pass)?;
+                gather(&self.groups.shard, &self.flat, &self.shard.values(), &self.pass, room)?
+            }
             Params::Gathering(work) => work.wait()?,
             Params::Unsharded => {
                 self.state().params = Params::Unsharded;

@@ -2,6 +2,10 @@
 //!
 //! Devices are made by `Device::new_cuda_with_stream`. candle's other constructor has memory on which no stream waits for
 //! another, and collectives run on a stream of their own.
+//!
+//! candle's kernels do not note what they write: they pass their results as if they were read. So a stream that reads a
+//! storage waits for all that the storage's own stream was given so far, unless somebody noted the write
+//! ([`mark_written`]).
 
 mod bounce;
 mod ffi;
@@ -11,7 +15,7 @@ use std::sync::Arc;
 
 use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::{CudaDevice, CudaStorage, DType as CandleDType, Layout};
-use cudarc::driver::{CudaContext, CudaView, CudaViewMut, DeviceSlice};
+use cudarc::driver::{CudaContext, CudaStream, CudaView, CudaViewMut, DevicePtrMut, DeviceSlice};
 
 pub use self::bounce::{read_chunks, write_chunks};
 use crate::{DType, Error, Result};
@@ -21,6 +25,8 @@ use crate::{DType, Error, Result};
 pub struct CudaBytes<'a> {
     view: CudaView<'a, u8>,
     dtype: DType,
+    /// Whether the last write is noted in the memory's event.
+    is_marked: bool,
 }
 
 /// [`CudaBytes`], to be written.
@@ -65,7 +71,16 @@ impl<'a> CudaBytes<'a> {
         let range = bytes_of(layout, dtype)?;
         let whole = with_slice!(&storage.slice, values => Ok(ffi::bytes(values)))?;
         tracked(whole.stream().context())?;
-        Ok(CudaBytes { view: whole.slice(range), dtype })
+        Ok(CudaBytes { view: whole.slice(range), dtype, is_marked: false })
+    }
+
+    /// As [`CudaBytes::of`], of memory whose last write was by this module, by a collective, or noted by
+    /// [`mark_written`]: who reads it does not wait for anything else.
+    ///
+    /// # Errors
+    /// As [`CudaBytes::of`].
+    pub fn of_marked(storage: &'a CudaStorage, layout: &Layout) -> Result<Self> {
+        Ok(CudaBytes { is_marked: true, ..Self::of(storage, layout)? })
     }
 
     /// Length in bytes.
@@ -83,7 +98,15 @@ impl<'a> CudaBytes<'a> {
     /// # Panics
     /// If the range is not inside.
     pub fn range(&self, bytes: Range<usize>) -> CudaBytes<'a> {
-        CudaBytes { view: self.view.slice(bytes), dtype: self.dtype }
+        CudaBytes { view: self.view.slice(bytes), dtype: self.dtype, is_marked: self.is_marked }
+    }
+
+    /// Lets `stream`, which reads it next, wait for its last write.
+    pub(crate) fn precede(&self, stream: &CudaStream) -> Result<()> {
+        if self.is_marked {
+            return Ok(());
+        }
+        stream.join(self.view.stream()).map_err(|e| failed("cuStreamWaitEvent", e))
     }
 
     pub(crate) fn view(&self) -> &CudaView<'a, u8> {
@@ -120,7 +143,8 @@ impl<'a> CudaBytesMut<'a> {
 
     /// The same bytes, to be read.
     pub fn to_read(&self) -> CudaBytes<'_> {
-        CudaBytes { view: self.whole.slice(self.range.clone()), dtype: self.dtype }
+        let view = self.whole.slice(self.range.clone());
+        CudaBytes { view, dtype: self.dtype, is_marked: false }
     }
 
     /// A range of the bytes, whose ends lie between elements.
@@ -147,6 +171,7 @@ impl<'a> CudaBytesMut<'a> {
             });
         }
         let stream = Arc::clone(self.whole.stream());
+        other.precede(&stream)?;
         stream.memcpy_dtod(&other.view, &mut self.view_mut()).map_err(|e| failed("cuMemcpyDtoDAsync", e))
     }
 
@@ -157,6 +182,19 @@ impl<'a> CudaBytesMut<'a> {
     pub(crate) fn context(&self) -> &Arc<CudaContext> {
         self.whole.stream().context()
     }
+}
+
+/// Notes that all that the storage's own stream was given so far may have written it, so that other streams wait for that
+/// and for nothing that comes later.
+///
+/// # Errors
+/// As [`CudaBytes::of`].
+pub fn mark_written(storage: &mut CudaStorage) -> Result<()> {
+    with_slice!(&mut storage.slice, values => {
+        let stream = Arc::clone(values.stream());
+        drop(values.device_ptr_mut(&stream));
+        Ok(())
+    })
 }
 
 /// Memory of `numel` elements that holds whatever it held last, for what is about to be overwritten.

@@ -273,6 +273,7 @@ impl DeviceBackend for NcclGroup {
     ) -> Result<()> {
         let agreed = Agreed { call, op: None, counts };
         self.run(host, agreed, input.context(), |nccl, pause| {
+            nccl.follow(input)?;
             let whole: usize = counts.iter().sum();
             let mut gather = |to: &mut cudarc::driver::CudaViewMut<'_, u8>| match is_even(counts) {
                 true => nccl.all_gather(input.view(), to, pause),
@@ -306,6 +307,7 @@ impl DeviceBackend for NcclGroup {
         reducible(call)?;
         let (agreed, context) = (Agreed { call, op: Some(op), counts }, Arc::clone(output.context()));
         self.run(host, agreed, &context, |nccl, pause| {
+            input.iter().try_for_each(|piece| nccl.follow(piece))?;
             let whole: usize = counts.iter().sum();
             let how = (call.dtype, op);
             let mut reduce = |from: &cudarc::driver::CudaView<'_, u8>| match is_even(counts) {
@@ -339,6 +341,7 @@ impl DeviceBackend for NcclGroup {
             if call.name == CallName::AllToAllUneven && *CALLS_ROLL {
                 self.compare_counts(host, call, send, receive)?;
             }
+            nccl.follow(input)?;
             let plan = Exchange::of_parts(self.me(), send, receive);
             nccl.exchange(input.view(), &plan, &mut output.view_mut(), pause)
         })

@@ -54,6 +54,10 @@ impl Recorded {
         done.inspect_err(|error| {
             if !matches!(error, Error::InvalidArgument { .. }) {
                 self.failure.get_or_init(|| error.clone());
+                // The others may wait for this rank.
+                if self.inner.failure().is_none() {
+                    self.inner.abort();
+                }
             }
         })
     }

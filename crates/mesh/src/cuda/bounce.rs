@@ -41,6 +41,7 @@ pub fn read_chunks(from: &CudaBytes<'_>, mut take: impl FnMut(usize, &[u8])) -> 
     let mut bounce = Bounce::lent(from.context())?;
     let chunks = chunks(from.len_bytes());
     let Bounce { stream, buffers } = &mut bounce;
+    from.precede(stream)?;
     let begin = |nth: usize, buffer: &mut PinnedBuffer| match chunks.get(nth) {
         Some(chunk) => buffer.begin_fetch(&from.range(chunk.clone()), stream),
         None => Ok(()),

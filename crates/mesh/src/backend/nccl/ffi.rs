@@ -14,7 +14,7 @@ use cudarc::driver::{
 use cudarc::nccl::sys;
 
 use crate::backend::splits::{Exchange, Transfer, nccl_dtype, nccl_op};
-use crate::cuda::failed;
+use crate::cuda::{CudaBytes, failed};
 use crate::{DType, Error, ReduceOp, Result};
 
 pub(super) const ID_BYTES: usize = 128;
@@ -111,6 +111,11 @@ impl Communicator {
     /// What comes to pass once all work so far is done.
     pub(super) fn record(&self) -> Result<CudaEvent> {
         self.stream.record_event(None).map_err(|e| failed("cuEventRecord", e))
+    }
+
+    /// Lets the stream of this communicator wait for what wrote `input`.
+    pub(super) fn follow(&self, input: &CudaBytes<'_>) -> Result<()> {
+        input.precede(&self.stream)
     }
 
     /// Memory on the stream of this communicator, which holds whatever it held last.
