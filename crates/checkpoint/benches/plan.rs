@@ -79,7 +79,11 @@ fn written_by(plan: &WritePlan) -> Vec<WrittenFile> {
     let len_bytes = 4096 + plan.items.len() as u64 * len;
     let block_crcs = Some(vec![0; len_bytes.div_ceil(sconce_checkpoint::BLOCK_BYTES) as usize]);
     let name = format!("shard-{:05}-model-00001-of-00001.safetensors", plan.writer + 1);
-    vec![WrittenFile { file: FileMetadata { name, len_bytes, block_crcs }, items: items.collect() }]
+    vec![WrittenFile {
+        file: FileMetadata { name, len_bytes, block_crcs },
+        items: items.collect(),
+        is_linked: false,
+    }]
 }
 
 /// A shard without data: plans ask for no bytes.

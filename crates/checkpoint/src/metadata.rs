@@ -124,7 +124,7 @@ impl Metadata {
         let mut places: Vec<Vec<Option<(usize, u64)>>> = Vec::with_capacity(written.len());
         for of_rank in written {
             let mut of_items = Vec::new();
-            for WrittenFile { file, items } in of_rank {
+            for WrittenFile { file, items, .. } in of_rank {
                 for item in items {
                     of_items.resize(of_items.len().max(item.item + 1), None);
                     of_items[item.item] = Some((files.len(), item.offset_bytes));

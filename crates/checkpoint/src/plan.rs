@@ -97,6 +97,8 @@ pub struct WrittenFile {
     pub file: FileMetadata,
     /// What lies in it.
     pub items: Vec<WrittenItem>,
+    /// Whether it is a file of an earlier checkpoint, of which nothing had changed.
+    pub is_linked: bool,
 }
 
 /// Where one box lies.

@@ -23,11 +23,14 @@ pub struct SaveOptions<'g> {
     /// Whether files and directories are on the device before the save returns. Off, a crash of the machine may lose
     /// the checkpoint; a crash of the program may not.
     pub sync: bool,
+    /// An earlier checkpoint on the same file system: files of it that would be written again as they are, are linked
+    /// instead, as [`FileSystemWriter::since`] says.
+    pub since: Option<&'g Path>,
 }
 
 impl Default for SaveOptions<'_> {
     fn default() -> Self {
-        Self { group: None, overwrite: false, sync: true }
+        Self { group: None, overwrite: false, sync: true, since: None }
     }
 }
 
@@ -38,6 +41,8 @@ pub struct SaveReport {
     pub data_bytes: u64,
     /// Number of data files of all ranks.
     pub n_files: usize,
+    /// Of `data_bytes`, those of files that were linked from an earlier checkpoint and not written.
+    pub linked_bytes: u64,
 }
 
 /// Saves the state of one process at `path`.
@@ -91,6 +96,9 @@ pub fn save_with(
     options: SaveOptions<'_>,
 ) -> Result<SaveReport> {
     let mut writer = FileSystemWriter::new(path.as_ref(), options.overwrite, options.sync);
+    if let Some(earlier) = options.since {
+        writer = writer.since(earlier);
+    }
     save_to(&mut writer, &mut DefaultSavePlanner, state, options.group)
 }
 

@@ -77,6 +77,9 @@ pub struct SeriesOptions<'g> {
     pub keep: Retention,
     /// As [`SaveOptions::sync`].
     pub sync: bool,
+    /// Whether files of the checkpoint before that would be written again as they are, are linked instead, as
+    /// [`FileSystemWriter::since`](crate::FileSystemWriter::since) says: for models of which a part is frozen.
+    pub link_unchanged: bool,
 }
 
 /// Where training goes on.
@@ -113,7 +116,7 @@ pub struct SeriesReport {
 
 impl Default for SeriesOptions<'_> {
     fn default() -> Self {
-        Self { group: None, keep: Retention::default(), sync: true }
+        Self { group: None, keep: Retention::default(), sync: true, link_unchanged: false }
     }
 }
 
@@ -202,10 +205,18 @@ impl<'g> Series<'g> {
     /// Those of [`save_with`]; with the step `prune` in [`Error::Ranks`], or as `Io` of one process, those of removing:
     /// the new checkpoint is committed then.
     pub fn save(&self, step: u64, state: &StateDict<'_>) -> Result<SeriesReport> {
-        let options = SaveOptions { group: self.options.group, overwrite: true, sync: self.options.sync };
+        let SeriesOptions { group, sync, link_unchanged, .. } = self.options;
+        let before = if link_unchanged { self.newest_but(step)? } else { None };
+        let options = SaveOptions { group, overwrite: true, sync, since: before.as_deref() };
         let saved = save_with(self.path_of(step), state, options)?;
         let (removed, in_use) = self.on_coordinator("prune", || self.prune())?;
         Ok(SeriesReport { saved, removed, in_use })
+    }
+
+    /// Where the newest checkpoint of another step is, the same on every rank.
+    fn newest_but(&self, step: u64) -> Result<Option<PathBuf>> {
+        let steps = self.on_coordinator("list the series", || self.steps())?;
+        Ok(steps.into_iter().rfind(|other| *other != step).map(|other| self.path_of(other)))
     }
 
     fn prune(&self) -> Result<(Vec<u64>, Vec<u64>)> {

@@ -9,6 +9,8 @@ pub(crate) mod lock;
 #[cfg(feature = "mmap")]
 mod mmap;
 pub(crate) mod remove;
+pub(crate) mod shards;
+mod unchanged;
 
 use sconce_dtensor::StateDict;
 

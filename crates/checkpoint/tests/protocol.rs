@@ -58,7 +58,7 @@ impl StorageWriter for MemoryWriter<'_> {
         let name = format!("rank {}", plan.writer);
         let file = FileMetadata { name: name.clone(), len_bytes: bytes.len() as u64, block_crcs: None };
         self.0.files.lock().unwrap().insert(name, Arc::new(bytes));
-        Ok(vec![WrittenFile { file, items }])
+        Ok(vec![WrittenFile { file, items, is_linked: false }])
     }
 
     fn finish(&mut self, layout: Layout, written: Vec<Vec<WrittenFile>>) -> Result<SaveReport> {
@@ -67,7 +67,7 @@ impl StorageWriter for MemoryWriter<'_> {
         let data_bytes = metadata.files.iter().map(|file| file.len_bytes).sum();
         let n_files = metadata.files.len();
         *self.0.metadata.lock().unwrap() = Some(metadata);
-        Ok(SaveReport { data_bytes, n_files })
+        Ok(SaveReport { data_bytes, n_files, linked_bytes: 0 })
     }
 
     fn discard(&mut self) {

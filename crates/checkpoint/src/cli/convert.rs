@@ -70,7 +70,7 @@ fn write(
         writes.iter().zip(&states).map(|(plan, state)| writer.write(&place, plan, state)).collect();
     let outcome = written.and_then(|written| writer.finish(layout, written));
     bar.finish_and_clear();
-    let SaveReport { data_bytes, n_files } = outcome.inspect_err(|_| writer.discard())?;
+    let SaveReport { data_bytes, n_files, .. } = outcome.inspect_err(|_| writer.discard())?;
     let took = started.elapsed();
     out.object(&json!({ "path": to, "bytes": data_bytes, "files": n_files, "seconds": took.as_secs_f64() }));
     out.line(format!("{}: {}, {}", to.display(), count(n_files, "file"), rate(data_bytes, took)));

@@ -166,6 +166,7 @@ impl StorageWriter for Writer {
         Ok(SaveReport {
             data_bytes: self.files.iter().map(|file| file.len_bytes).sum(),
             n_files: self.files.len(),
+            linked_bytes: 0,
         })
     }
 

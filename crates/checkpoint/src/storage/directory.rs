@@ -1,21 +1,24 @@
 //! Format 1 in a directory of the local file system, or of one that all ranks mount.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use indexmap::IndexMap;
-use sconce_dtensor::{Fqn, LocalTensor, StateDict, box_len_bytes};
+use sconce_dtensor::StateDict;
+use serde::{Deserialize, Serialize};
 
 use super::commit::Staging;
-use super::file::{Contents, Piece, write_file};
+use super::file::write_file;
 use super::held::Held;
+use super::shards::{self, Shard};
+use super::unchanged::{Division, Earlier};
 use super::{Access, DataFile, LocalFile, StorageReader, StorageWriter, commit};
-use crate::format::{MANIFEST_NAME, manifest, shard};
+use crate::coordinate::Message;
+use crate::format::{self, MANIFEST_NAME, manifest};
 use crate::metadata::{FileMetadata, Metadata};
-use crate::plan::{Layout, WriteItem, WritePlan, WrittenFile, WrittenItem};
+use crate::plan::{Layout, WritePlan, WrittenFile};
 use crate::save::SaveReport;
 use crate::{Error, Result};
 
@@ -25,8 +28,19 @@ pub struct FileSystemWriter {
     path: PathBuf,
     overwrite: bool,
     sync: bool,
+    since: Option<PathBuf>,
     /// On the coordinator, while a save runs.
     staging: Option<Staging>,
+    /// On the coordinator, while a save runs: so that nobody removes what the ranks link.
+    earlier: Option<Earlier>,
+}
+
+/// What the ranks must know of a save.
+#[derive(Serialize, Deserialize)]
+struct Place {
+    n_writers: usize,
+    staging: Vec<u8>,
+    since: Option<Vec<u8>>,
 }
 
 /// Reads a checkpoint of format 1.
@@ -43,7 +57,17 @@ pub struct FileSystemReader {
 impl FileSystemWriter {
     /// A writer for `path`; `overwrite` and `sync` as in [`SaveOptions`](crate::SaveOptions).
     pub fn new(path: impl Into<PathBuf>, overwrite: bool, sync: bool) -> Self {
-        Self { path: path.into(), overwrite, sync, staging: None }
+        Self { path: path.into(), overwrite, sync, since: None, staging: None, earlier: None }
+    }
+
+    /// Links files of the earlier checkpoint at a path, of the same file system, that would be written again as they
+    /// are. What did not change between two saves is written to files of its own, so that the saves after them link it.
+    ///
+    /// A file is linked only after every byte of it was read and compared with memory: a damaged one is written anew.
+    /// Checkpoints that share a file share later damage to it, too. Where the file system has no hard links, and where
+    /// the earlier checkpoint cannot be read, everything is written. Either may be removed without the other.
+    pub fn since(self, earlier: impl Into<PathBuf>) -> Self {
+        Self { since: Some(earlier.into()), ..self }
     }
 }
 
@@ -67,30 +91,52 @@ impl StorageWriter for FileSystemWriter {
         let staging = self.staging.insert(commit::prepare(&self.path, self.overwrite, self.sync)?);
         let writers: HashSet<usize> =
             layout.tensors.iter().flat_map(|t| &t.chunks).map(|c| c.writer).collect();
-        let n_writers = (writers.len() as u64).to_le_bytes();
-        Ok([&n_writers[..], staging.dir().as_os_str().as_bytes()].concat())
+        self.earlier = self.since.as_deref().and_then(Earlier::open);
+        let bytes = |path: &Path| path.as_os_str().as_bytes().to_vec();
+        let since = self.since.as_deref().filter(|_| self.earlier.is_some()).map(bytes);
+        Place { n_writers: writers.len(), staging: bytes(staging.dir()), since }.encode()
     }
 
     fn write(&mut self, place: &[u8], plan: &WritePlan, state: &StateDict<'_>) -> Result<Vec<WrittenFile>> {
-        let Some((n_writers, staging)) = place.split_first_chunk() else {
-            unreachable!("the place is what `prepare` returned");
-        };
-        let threads = threads_of(u64::from_le_bytes(*n_writers));
-        let staging = Path::new(OsStr::from_bytes(staging));
+        let Place { n_writers, staging, since } = Place::decode(place)?;
+        let staging = Path::new(OsStr::from_bytes(&staging));
         let tensors = state.flat_tensors().map_err(|error| Error::tensor("", &error))?;
-        let files = split_by_file(&plan.items);
-        let write = |(nth, items): (usize, &Vec<usize>)| {
-            let name = shard::file_name(plan.writer, nth, files.len());
-            let shard = Shard { plan: &plan.items, positions: items, tensors: &tensors };
-            shard.write(staging, name, threads, self.sync)
+        let earlier = since.as_deref().and_then(|path| Earlier::open(Path::new(OsStr::from_bytes(path))));
+        let Division { same, written } = match &earlier {
+            Some(earlier) => earlier.divide(plan, &tensors)?,
+            None => Division { same: Vec::new(), written: shards::split(plan, &tensors)? },
         };
-        files.iter().enumerate().map(write).collect()
+        let n_files = same.len() + written.len();
+        let mut names = (0..n_files).map(|nth| format::shard::file_name(plan.writer, nth, n_files));
+        let write = |name: String, shard: &Shard<'_>| {
+            let threads = threads_of(n_writers);
+            let written = write_file(&staging.join(&name), &shard.contents, threads, self.sync)?;
+            Ok::<_, Error>(shard.written(name, written))
+        };
+        let mut files = Vec::with_capacity(n_files);
+        if let Some(earlier) = &earlier {
+            for ((nth, shard), name) in same.iter().zip(&mut names) {
+                let is_linked = earlier.link(*nth, &staging.join(&name), self.sync)?;
+                files.push(if is_linked {
+                    shard.linked(name, earlier.file(*nth))
+                } else {
+                    write(name, shard)?
+                });
+            }
+        }
+        for (shard, name) in written.iter().zip(names) {
+            files.push(write(name, shard)?);
+        }
+        Ok(files)
     }
 
     fn finish(&mut self, layout: Layout, written: Vec<Vec<WrittenFile>>) -> Result<SaveReport> {
         let Some(mut staging) = self.staging.take() else {
             unreachable!("the coordinator prepared the place before it finishes");
         };
+        self.earlier = None;
+        let linked = written.iter().flatten().filter(|file| file.is_linked);
+        let linked_bytes = linked.map(|file| file.file.len_bytes).sum();
         let filled = Metadata::located(layout, written).and_then(|metadata| {
             staging.write_manifest(&manifest::encode(&metadata)?, self.sync)?;
             Ok(metadata)
@@ -104,10 +150,11 @@ impl StorageWriter for FileSystemWriter {
         };
         commit::publish(staging, &self.path, self.sync)?;
         let data_bytes = metadata.files.iter().map(|file| file.len_bytes).sum();
-        Ok(SaveReport { data_bytes, n_files: metadata.files.len() })
+        Ok(SaveReport { data_bytes, n_files: metadata.files.len(), linked_bytes })
     }
 
     fn discard(&mut self) {
+        self.earlier = None;
         if let Some(staging) = self.staging.take() {
             commit::abandon(staging);
         }
@@ -136,67 +183,8 @@ impl StorageReader for FileSystemReader {
     }
 }
 
-/// Positions of the items of each file: the k-th box of a tensor goes to the k-th file.
-fn split_by_file(items: &[WriteItem]) -> Vec<Vec<usize>> {
-    let mut files: Vec<Vec<usize>> = Vec::new();
-    let mut seen = HashMap::<&str, usize>::new();
-    for (item, WriteItem { fqn, .. }) in items.iter().enumerate() {
-        let nth = seen.entry(fqn).or_default();
-        if *nth == files.len() {
-            files.push(Vec::new());
-        }
-        files[*nth].push(item);
-        *nth += 1;
-    }
-    files
-}
-
-type Tensors<'s, 'a> = IndexMap<Fqn, &'s (dyn LocalTensor + 'a)>;
-
-/// One data file of this rank.
-struct Shard<'p> {
-    plan: &'p [WriteItem],
-    /// Its items' positions in the plan.
-    positions: &'p [usize],
-    tensors: &'p Tensors<'p, 'p>,
-}
-
-impl Shard<'_> {
-    fn write(&self, staging: &Path, name: String, threads: usize, sync: bool) -> Result<WrittenFile> {
-        let of = |item: &usize| tensor_of(self.tensors, &self.plan[*item]).map(|tensor| (*item, tensor));
-        let mut items = self.positions.iter().map(of).collect::<Result<Vec<_>>>()?;
-        shard::order(&mut items, |(_, tensor)| tensor.dtype());
-        let entry = |(item, tensor): &(usize, &dyn LocalTensor)| shard::Entry {
-            fqn: self.plan[*item].fqn.clone(),
-            dtype: tensor.dtype(),
-            bounds: tensor.local_boxes()[self.plan[*item].index].clone(),
-        };
-        let (header, starts) = shard::header(&items.iter().map(entry).collect::<Vec<_>>())?;
-        let piece = |((item, tensor), start): (&(usize, _), &u64)| {
-            let (tensor, WriteItem { fqn, index }): (&dyn LocalTensor, _) = (*tensor, &self.plan[*item]);
-            let bytes = *start..start + box_len_bytes(tensor, *index) as u64;
-            Piece { fqn, tensor, index: *index, bytes }
-        };
-        let pieces = items.iter().zip(&starts).map(piece).collect();
-        let written = write_file(&staging.join(&name), &Contents { header, pieces }, threads, sync)?;
-        let (len_bytes, block_crcs) = written;
-        let items = items.iter().zip(starts);
-        let items =
-            items.map(|((item, _), offset_bytes)| WrittenItem { item: *item, offset_bytes }).collect();
-        Ok(WrittenFile { file: FileMetadata { name, len_bytes, block_crcs: Some(block_crcs) }, items })
-    }
-}
-
 /// This rank's share of the cores, as if all that write were on one host.
-fn threads_of(n_writers: u64) -> usize {
+fn threads_of(n_writers: usize) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    (cores / n_writers.max(1) as usize).clamp(1, 8)
-}
-
-fn tensor_of<'t>(tensors: &'t Tensors<'_, '_>, item: &WriteItem) -> Result<&'t dyn LocalTensor> {
-    let tensor = tensors.get(&Fqn(item.fqn.clone())).copied();
-    tensor.filter(|tensor| item.index < tensor.local_boxes().len()).ok_or_else(|| Error::Tensor {
-        fqn: item.fqn.clone(),
-        cause: format!("the plan asks for box {}, which this rank does not hold", item.index),
-    })
+    (cores / n_writers.max(1)).clamp(1, 8)
 }

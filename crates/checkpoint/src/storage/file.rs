@@ -25,17 +25,17 @@ use crate::{Error, Result};
 use range::{RangeWriter, SEGMENT_BYTES};
 
 /// A box and where it lies in the file.
-pub(super) struct Piece<'t> {
-    pub(super) fqn: &'t str,
-    pub(super) tensor: &'t dyn LocalTensor,
-    pub(super) index: usize,
-    pub(super) bytes: Range<u64>,
+pub(crate) struct Piece<'t> {
+    pub(crate) fqn: &'t str,
+    pub(crate) tensor: &'t dyn LocalTensor,
+    pub(crate) index: usize,
+    pub(crate) bytes: Range<u64>,
 }
 
 /// What a data file is made of: the header, and pieces one after the other up to its end.
-pub(super) struct Contents<'t> {
-    pub(super) header: Vec<u8>,
-    pub(super) pieces: Vec<Piece<'t>>,
+pub(crate) struct Contents<'t> {
+    pub(crate) header: Vec<u8>,
+    pub(crate) pieces: Vec<Piece<'t>>,
 }
 
 /// Files from this size on are written past the page cache, where that is possible: below it starting threads and
@@ -123,12 +123,12 @@ fn reserve(file: &File, len_bytes: u64) -> io::Result<()> {
 }
 
 impl Contents<'_> {
-    fn len_bytes(&self) -> u64 {
+    pub(crate) fn len_bytes(&self) -> u64 {
         self.pieces.last().map_or(self.header.len() as u64, |piece| piece.bytes.end)
     }
 
     /// Lends the bytes of a range of the file in order, in pieces as they lie in memory.
-    fn lend(&self, range: Range<u64>, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    pub(crate) fn lend(&self, range: Range<u64>, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let header = self.header.len() as u64;
         if range.start < header {
             write(&self.header[range.start as usize..range.end.min(header) as usize])?;
@@ -143,7 +143,7 @@ impl Contents<'_> {
 
 impl Piece<'_> {
     /// Lends what of the box lies in a range of the file.
-    fn lend(&self, range: &Range<u64>, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    pub(super) fn lend(&self, range: &Range<u64>, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let (start, len) = (self.bytes.start, (self.bytes.end - self.bytes.start) as usize);
         let from = (range.start.max(start) - start) as usize;
         let to = (range.end.min(self.bytes.end) - start) as usize;

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat};
 
 use super::local_file::open_regular;
 use super::lock::{self, Share};
@@ -62,6 +62,11 @@ impl Held {
         let mut bytes = vec![0; len];
         self.manifest.read_exact_at(&mut bytes, 0)?;
         Ok(bytes)
+    }
+
+    /// Gives a data file a second name.
+    pub(super) fn link(&self, name: &str, to: &Path) -> io::Result<()> {
+        Ok(linkat(&self.dir, name, CWD, to, AtFlags::empty())?)
     }
 
     /// Opens a data file.

@@ -63,5 +63,6 @@ killed! {
     one_process_killed_at_any_call_of_an_overwrite_leaves_the_old_or_the_new: Overwrite, KillAll, at least 20;
     two_ranks_killed_together_at_any_call_leave_the_old_or_the_new: Threads, KillAll, at least 30;
     one_rank_of_two_killed_at_any_call_leaves_the_old_or_the_new: Processes, KillIt, at least 30;
+    a_series_that_links_files_killed_at_any_call_goes_on_from_the_old_or_the_new: Linked, KillAll, at least 40;
     a_series_killed_at_any_call_goes_on_from_the_old_or_the_new: Series, KillAll, at least 30;
 }

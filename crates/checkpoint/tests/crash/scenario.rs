@@ -29,6 +29,8 @@ pub(crate) enum Scenario {
     Processes,
     /// One process saves the next checkpoint of a series that keeps one.
     Series,
+    /// One process saves the next checkpoint of a series that keeps one and links what did not change.
+    Linked,
     /// One process replaces a checkpoint and syncs nothing: what a disk that forgets must find.
     Unsynced,
 }
@@ -38,17 +40,23 @@ pub(crate) const OLD: i64 = 1;
 pub(crate) const NEW: i64 = 2;
 /// The one that a later save writes over what the crash left.
 const NEXT: i64 = 3;
+/// The one before the old one, where links need it.
+const OLDER: i64 = 0;
 
 /// Elements of the tensor.
 const NUMEL: usize = 30_000;
+/// Bytes of the tensor that never changes.
+const FROZEN: usize = 70_000;
+const FROZEN_BYTE: u8 = 0xee;
 
 impl Scenario {
-    const ALL: [Scenario; 6] = [
+    const ALL: [Scenario; 7] = [
         Scenario::Save,
         Scenario::Overwrite,
         Scenario::Threads,
         Scenario::Processes,
         Scenario::Series,
+        Scenario::Linked,
         Scenario::Unsynced,
     ];
 
@@ -69,7 +77,12 @@ impl Scenario {
     pub(crate) fn prepare(self, dir: &Path) {
         match self {
             Scenario::Save => {}
-            Scenario::Series => save_in_series(dir, OLD).unwrap(),
+            Scenario::Series => save_in_series(dir, OLD, false).unwrap(),
+            Scenario::Linked => {
+                // What is frozen is told from the rest by the second save, and linked by the third.
+                save_in_series(dir, OLDER, true).unwrap();
+                save_in_series(dir, OLD, true).unwrap();
+            }
             _ => drop(save_with(self.target(dir), &state(OLD, 0, 1), SaveOptions::default()).unwrap()),
         }
     }
@@ -83,7 +96,9 @@ impl Scenario {
                 let options = SaveOptions { overwrite: true, sync: false, ..SaveOptions::default() };
                 save_with(&target, &state(NEW, 0, 1), options).map(drop)
             }
-            Scenario::Series => save_in_series(&place.dir(), NEW),
+            Scenario::Series | Scenario::Linked => {
+                save_in_series(&place.dir(), NEW, self == Scenario::Linked)
+            }
             Scenario::Threads => {
                 let groups = ProcessGroup::threads(n_ranks, options()).unwrap();
                 std::thread::scope(|scope| {
@@ -103,9 +118,9 @@ impl Scenario {
 
     /// What is in `dir` now, loaded whole: a generation, or nothing; or why it does not load, or is a mix.
     pub(crate) fn loaded(self, dir: &Path) -> Result<Option<i64>, String> {
-        if self == Scenario::Series {
-            let mut loaded = state(0, 0, 1);
-            let resumed = open_series(dir).and_then(|series| series.resume(&mut loaded));
+        if matches!(self, Scenario::Series | Scenario::Linked) {
+            let mut loaded = series_state(0, self == Scenario::Linked);
+            let resumed = open_series(dir, false).and_then(|series| series.resume(&mut loaded));
             let Some(resumed) = resumed.map_err(|error| error.to_string())? else { return Ok(None) };
             if !resumed.skipped.is_empty() {
                 return Err(format!("the series names damage: {:?}", resumed.skipped));
@@ -128,8 +143,8 @@ impl Scenario {
     /// A later save over whatever the crash left: it succeeds, and nothing else stays.
     #[track_caller]
     pub(crate) fn check_recovery(self, dir: &Path) {
-        if self == Scenario::Series {
-            save_in_series(dir, NEXT).unwrap();
+        if matches!(self, Scenario::Series | Scenario::Linked) {
+            save_in_series(dir, NEXT, self == Scenario::Linked).unwrap();
         } else {
             overwrite(&self.target(dir), NEXT, None).unwrap();
         }
@@ -184,13 +199,26 @@ fn overwrite(target: &Path, generation: i64, group: Option<&ProcessGroup>) -> Re
     save_with(target, &state(generation, rank, n), options).map(drop)
 }
 
-fn open_series(dir: &Path) -> Result<Series<'static>, Error> {
+fn open_series(dir: &Path, link_unchanged: bool) -> Result<Series<'static>, Error> {
     let keep = Retention { last: Some(1), ..Retention::default() };
-    Series::open(dir, SeriesOptions { keep, ..SeriesOptions::default() })
+    Series::open(dir, SeriesOptions { keep, link_unchanged, ..SeriesOptions::default() })
 }
 
-fn save_in_series(dir: &Path, generation: i64) -> Result<(), Error> {
-    open_series(dir)?.save(generation as u64, &state(generation, 0, 1)).map(drop)
+fn save_in_series(dir: &Path, generation: i64, link_unchanged: bool) -> Result<(), Error> {
+    let state = series_state(generation, link_unchanged);
+    let report = open_series(dir, link_unchanged)?.save(generation as u64, &state)?;
+    let is_linked = report.saved.linked_bytes > FROZEN as u64;
+    assert!(is_linked || !link_unchanged || generation != NEW, "{report:?}");
+    Ok(())
+}
+
+fn series_state(generation: i64, link_unchanged: bool) -> StateDict<'static> {
+    let mut state = state(generation, 0, 1);
+    if link_unchanged {
+        let frozen = TensorBuf::new(DType::U8, &[FROZEN], vec![FROZEN_BYTE; FROZEN]).unwrap();
+        state.insert_tensor("frozen", frozen);
+    }
+    state
 }
 
 /// A state whose every byte tells its generation.
@@ -209,9 +237,8 @@ fn generation(state: &StateDict<'_>) -> Result<i64, String> {
     let generation = state.get("generation").and_then(Value::as_int).ok_or("no generation")?;
     for (fqn, tensor) in state.flat_tensors().unwrap() {
         let mut is_whole = true;
-        tensor
-            .read_box(0, &mut |bytes| is_whole &= bytes.iter().all(|b| i64::from(*b) == generation))
-            .unwrap();
+        let expected = if fqn.as_str() == "frozen" { i64::from(FROZEN_BYTE) } else { generation };
+        tensor.read_box(0, &mut |bytes| is_whole &= bytes.iter().all(|b| i64::from(*b) == expected)).unwrap();
         if !is_whole {
             return Err(format!("{fqn} is not of generation {generation}"));
         }

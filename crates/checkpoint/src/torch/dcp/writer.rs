@@ -88,7 +88,11 @@ impl StorageWriter for Writer {
             items.push(WrittenItem { item: nth, offset_bytes });
         }
         let len_bytes = file.finish(true)?;
-        Ok(vec![WrittenFile { file: FileMetadata { name, len_bytes, block_crcs: None }, items }])
+        Ok(vec![WrittenFile {
+            file: FileMetadata { name, len_bytes, block_crcs: None },
+            items,
+            is_linked: false,
+        }])
     }
 
     /// # Errors
@@ -114,6 +118,7 @@ impl StorageWriter for Writer {
         Ok(SaveReport {
             data_bytes: data_bytes + own.unwrap_or(0),
             n_files: n_files + usize::from(own.is_some()),
+            linked_bytes: 0,
         })
     }
 
