@@ -30,6 +30,8 @@ mod storage;
 pub mod torch;
 mod tree;
 mod verify;
+#[cfg(feature = "mmap")]
+mod view;
 mod wire;
 
 pub use any::{Format, open};
@@ -54,6 +56,8 @@ pub use storage::{
 };
 pub use tree::Node;
 pub use verify::{VerifyReport, verify, verify_from};
+#[cfg(feature = "mmap")]
+pub use view::{MappedCheckpoint, MappedTensor};
 
 // What state is made of, so that a trainer needs no other crate of Sconce.
 pub use sconce_dtensor::{

@@ -32,6 +32,8 @@ use crate::storage::{DataFile, StorageReader};
 use crate::{Error, Result};
 
 pub(crate) use blocks::Verified;
+#[cfg(feature = "mmap")]
+pub(crate) use blocks::check_block;
 use blocks::{Marks, Wants};
 use copy::{Own, open_file};
 use division::Division;

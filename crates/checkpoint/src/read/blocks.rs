@@ -1,5 +1,7 @@
 //! Blocks of data files: sets of them, and the few that a thread has verified last.
 
+use std::path::Path;
+
 use super::runs::{ItemRuns, ReadRun};
 use crate::metadata::{BLOCK_BYTES, FileMetadata, Metadata};
 use crate::storage::DataFile;
@@ -172,7 +174,7 @@ pub(super) fn read_block(
         buffer.resize((range.end - range.start) as usize, 0);
         data.read_at(range.start, buffer)?;
     }
-    check(meta, block, block_bytes(block, meta, data, buffer), data)
+    check_block(meta, block, block_bytes(block, meta, data, buffer), data.path())
 }
 
 /// The bytes of a block that was read.
@@ -191,14 +193,15 @@ fn range_of(block: usize, meta: &FileMetadata) -> std::ops::Range<u64> {
     start..(start + BLOCK_BYTES).min(meta.len_bytes)
 }
 
-fn check(meta: &FileMetadata, block: usize, bytes: &[u8], data: &dyn DataFile) -> Result<()> {
+/// Compares the checksum of a block.
+pub(crate) fn check_block(meta: &FileMetadata, block: usize, bytes: &[u8], path: &Path) -> Result<()> {
     let expected = meta.block_crcs.as_ref().and_then(|crcs| crcs.get(block).copied());
     let got = crc32fast::hash(bytes);
     if expected == Some(got) {
         return Ok(());
     }
     Err(Error::Corrupt {
-        path: data.path().to_owned(),
+        path: path.to_owned(),
         what: format!("block {block}"),
         offset_bytes: block as u64 * BLOCK_BYTES,
         expected: expected.map_or("no such block".to_owned(), |crc| format!("CRC32 {crc:08x}")),

@@ -8,7 +8,8 @@ use std::io::{Error, ErrorKind};
 
 use memmap2::{Advice, Mmap};
 
-use super::Access;
+use super::{Access, FileSystemReader};
+use crate::view::MappedCheckpoint;
 
 impl Access {
     /// Reads through a memory map: one copy fewer for the checksums.
@@ -21,13 +22,28 @@ impl Access {
     }
 }
 
+impl MappedCheckpoint {
+    /// Opens the checkpoint at `path`.
+    ///
+    /// # Safety
+    /// - Nobody writes to, truncates or replaces in place a file of the checkpoint while this value lives. Sconce itself
+    ///   never does: it publishes new directories by renaming, and removes none that is open here.
+    ///
+    /// # Errors
+    /// `Missing`, `NotACheckpoint`, `Version`, `Corrupt`, `Busy`, `Io`.
+    pub unsafe fn open(path: impl AsRef<std::path::Path>) -> crate::Result<Self> {
+        Self::of(FileSystemReader::new(path.as_ref(), Access::of_mapped_files()))
+    }
+}
+
 /// A whole file, mapped.
 pub(super) struct Mapping(Mmap);
 
-/// Maps a file for an [`Access`] that only [`Access::mapped`] makes.
+/// Maps a file for an [`Access`] that only [`Access::mapped`] and [`MappedCheckpoint::open`] make.
 pub(super) fn map_as_promised(file: &File) -> std::io::Result<Mapping> {
-    // SAFETY: the file is not modified or truncated while it is mapped: the caller of `Access::mapped`, without which
-    // no code gets here, has promised it for the length of the load, and the map is dropped with the load's reader.
+    // SAFETY: the file is not modified or truncated while it is mapped: the caller of `Access::mapped` or
+    // `MappedCheckpoint::open`, without which no code gets here, has promised it for the length of the load or the life
+    // of the checkpoint, and the map is dropped with the load's reader or with the checkpoint.
     let map = unsafe { Mmap::map(file) }?;
     // A hint; without it the same bytes are read.
     let _ = map.advise(Advice::Sequential);
