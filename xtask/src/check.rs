@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::Instant;
 
-use crate::{cuda_check, demo, mpi_test, root, soak, surface, tidy};
+use crate::{cuda_check, demo, mpi_test, root, s3_test, soak, surface, tidy};
 
 /// Feature sets that must build and lint clean: the default, none, and each alone.
 const FEATURE_SETS: &[&str] = &[
@@ -22,6 +22,7 @@ const FEATURE_SETS: &[&str] = &[
     "-p sconce-checkpoint --no-default-features --features candle",
     "-p sconce-checkpoint --all-targets --no-default-features --features torch",
     "-p sconce-checkpoint --all-targets --no-default-features --features cli",
+    "-p sconce-checkpoint --all-targets --no-default-features --features object-store",
     "-p sconce-fsdp --all-targets",
 ];
 
@@ -48,6 +49,13 @@ pub(crate) fn run() -> Result<(), String> {
     shell(&tests)?;
     // What the workspace's features hide: crates without candle, signals, sconce-ckpt, and the launcher.
     cargo("test -p sconce-checkpoint --no-default-features --features preemption,cli", &[])?;
+    cargo("test -p sconce-checkpoint --no-default-features --features object-store", &[])?;
+    match s3_test::installed() {
+        Ok(server) => s3_test::run_with(&server)?,
+        Err(error) => {
+            println!("\n!!! LEFT OUT: a server that speaks S3, which could not be installed: {error}")
+        }
+    }
     // Full and read-only disks are small file systems that the tests mount.
     let mount =
         "id -u | grep -qx 0 || { echo '!!! LEFT OUT: full and read-only disks, which need root'; exit 0; }";

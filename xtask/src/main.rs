@@ -12,13 +12,14 @@ mod fixtures;
 mod gpu_test;
 mod interop;
 mod mpi_test;
+mod s3_test;
 mod soak;
 mod surface;
 mod tidy;
 
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: cargo xtask check | cuda-check | tidy | surface | mpi-test | gpu-test | fixtures | interop | bench | demo | faults | soak";
+const USAGE: &str = "usage: cargo xtask check | cuda-check | tidy | surface | mpi-test | gpu-test | s3-test | fixtures | interop | bench | demo | faults | soak";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         "interop" => interop::run(&arguments[1..]),
         "fixtures" => fixtures::run(&arguments[1..]),
         "mpi-test" => mpi_test::run(),
+        "s3-test" => s3_test::run(),
         "tidy" => tidy::run(),
         "soak" => soak::run(&arguments[1..]),
         "surface" => surface::run(),

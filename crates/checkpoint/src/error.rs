@@ -71,6 +71,19 @@ pub enum Error {
         cause: String,
     },
 
+    /// An object store refused an operation on an object, or could not be reached.
+    #[error("{op} {object}: {cause}", object = object.display())]
+    ObjectStore {
+        /// The operation.
+        op: String,
+        /// The object's URL.
+        object: PathBuf,
+        /// What kind of failure it is.
+        failure: ObjectFailure,
+        /// The store's words.
+        cause: String,
+    },
+
     /// Bytes that are not what was saved.
     #[error("{path}: {what} at byte {offset_bytes} is damaged: expected {expected}, got {got}", path = path.display())]
     Corrupt {
@@ -228,6 +241,22 @@ pub enum Error {
     Mesh(#[from] sconce_mesh::Error),
 }
 
+/// Why an object of an object store could not be read or written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum ObjectFailure {
+    /// There is no such object.
+    NotFound,
+    /// The store does not let these credentials do that, or does not know them.
+    Denied,
+    /// No answer within the time that one operation may take, retries included.
+    Timeout,
+    /// The store cannot do that, or there can be no object of that name.
+    Unsupported,
+    /// Something broke on the way, each time it was tried.
+    Broken,
+}
+
 /// The failure of one rank in a step of all.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RankFailure {
@@ -257,6 +286,7 @@ impl Error {
             | Error::NotACheckpoint { .. }
             | Error::Corrupt { .. }
             | Error::Length { .. } => true,
+            Error::ObjectStore { failure, .. } => *failure == ObjectFailure::NotFound,
             Error::Io { os_error, .. } => os_error.is_some_and(|code| unreadable.contains(&code)),
             Error::PartlyLoaded { cause, .. } => cause.is_damage(),
             Error::Ranks { failures, .. } => failures.iter().all(|failure| failure.error.is_damage()),

@@ -15,6 +15,8 @@ pub mod fuzz;
 pub mod hf;
 mod load;
 mod metadata;
+#[cfg(feature = "object-store")]
+pub mod object;
 mod plan;
 mod planner;
 mod read;
@@ -36,7 +38,7 @@ mod wire;
 
 pub use any::{Format, open};
 pub use damage::{Damage, DamageReport, find_damage};
-pub use error::{Error, RankFailure, Result};
+pub use error::{Error, ObjectFailure, RankFailure, Result};
 pub use format::{MAJOR_VERSION, MANIFEST_NAME};
 pub use load::{
     LoadOptions, Verify, load, load_by, load_from, load_new, load_new_from, load_with, read_metadata,

@@ -107,9 +107,21 @@ impl<'p> Reads<'p> {
         }
         let division = Division::of(ranks, self.metadata, &self.wants)?;
         if verify == Verify::BeforeRead {
+            self.announce(&division, ranks.position());
             ranks.all_ok("verify", self.verify(&division, ranks.position()))?;
         }
+        self.announce(&division, ranks.position());
         self.read(ranks, state, &division, &self.wants.marks())
+    }
+
+    /// Tells the files which of their blocks this rank reads.
+    fn announce(&self, division: &Division, me: usize) {
+        let mut mine = division.alone.clone();
+        division.shared[me].iter().for_each(|(file, block)| mine.insert(*file, *block));
+        for (nth, file) in self.files.iter().enumerate() {
+            let Some(file) = file else { continue };
+            file.will_read(mine.ranges_of(nth, self.metadata.files[nth].len_bytes));
+        }
     }
 
     /// Compares the checksums of the blocks that this rank reads.

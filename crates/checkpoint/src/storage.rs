@@ -2,7 +2,7 @@
 
 pub(crate) mod commit;
 mod directory;
-mod file;
+pub(crate) mod file;
 mod held;
 mod local_file;
 pub(crate) mod lock;
@@ -78,6 +78,12 @@ pub trait StorageReader: Send + Sync {
 pub trait DataFile: Send + Sync {
     /// Copies the bytes from `offset_bytes` on to `to`, all of it or an error.
     fn read_at(&self, offset_bytes: u64, to: &mut [u8]) -> Result<()>;
+
+    /// What is going to be read, in order and without overlaps, so that a storage with long ways begins early. A hint:
+    /// other reads may come, and these may come in any order or not at all.
+    fn will_read(&self, ranges_bytes: Vec<std::ops::Range<u64>>) {
+        let _ = ranges_bytes;
+    }
 
     /// The whole file in memory, if it is mapped.
     fn mapped(&self) -> Option<&[u8]> {

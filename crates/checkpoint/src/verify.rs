@@ -44,6 +44,7 @@ fn file_damage(reader: &dyn StorageReader, meta: &FileMetadata) -> Vec<Error> {
         Ok(file) => file,
         Err(error) => return vec![error],
     };
+    file.will_read(std::iter::once(0..meta.len_bytes).collect());
     let n_blocks = meta.block_crcs.as_ref().map_or(0, Vec::len);
     let mut verified = Verified::default();
     (0..n_blocks).filter_map(|block| verified.block(0, block, meta, file.as_ref()).err()).collect()

@@ -25,6 +25,20 @@ impl Marks {
         }
     }
 
+    /// The blocks of a file of that length as ranges of bytes, as long as they can be.
+    pub(super) fn ranges_of(&self, file: usize, len_bytes: u64) -> Vec<std::ops::Range<u64>> {
+        let mut ranges: Vec<std::ops::Range<u64>> = Vec::new();
+        for (block, _) in self.0[file].iter().enumerate().filter(|(_, is_marked)| **is_marked) {
+            let start = block as u64 * BLOCK_BYTES;
+            let end = (start + BLOCK_BYTES).min(len_bytes);
+            match ranges.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => ranges.push(start..end),
+            }
+        }
+        ranges
+    }
+
     /// Whether a block is in the set.
     pub(super) fn contains(&self, file: usize, block: usize) -> bool {
         self.0[file].get(block) == Some(&true)
