@@ -73,15 +73,16 @@ impl Patience<'_> {
         self.watch.and_then(Watch::look).map_or(Stop::Closed, Stop::Lost)
     }
 
-    /// Waits until `fd` can be read.
+    /// Waits until `fd` can be read. What was sent counts, even if who sent it is gone since.
     fn readable(&self, fd: &impl AsFd) -> Result<(), Stop> {
         loop {
-            self.check()?;
-            let left = self.left();
-            let slice = Timespec { tv_sec: 0, tv_nsec: left.min(SLICE).subsec_nanos().into() };
+            let (gone, left) = (self.check(), self.left());
+            let slice = if gone.is_ok() { left.min(SLICE) } else { Duration::ZERO };
+            let slice = Timespec { tv_sec: 0, tv_nsec: slice.subsec_nanos().into() };
             match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&slice)) {
-                Ok(0) | Err(Errno::INTR) if left.is_zero() => return Err(Stop::Deadline),
-                Ok(0) | Err(Errno::INTR) => {}
+                Ok(0) if left.is_zero() => return gone.and(Err(Stop::Deadline)),
+                Ok(0) => gone?,
+                Err(Errno::INTR) => {}
                 Ok(_) => return Ok(()),
                 Err(errno) => return Err(Stop::System(system("poll", errno))),
             }
