@@ -24,6 +24,7 @@ const FEATURE_SETS: &[&str] = &[
     "-p sconce-checkpoint --all-targets --no-default-features --features cli",
     "-p sconce-checkpoint --all-targets --no-default-features --features object-store",
     "-p sconce-fsdp --all-targets",
+    "-p sconce-fsdp --all-targets --features tracing",
 ];
 
 /// Those that need an MPI and libclang.

@@ -31,7 +31,7 @@ const SLICE: Duration = Duration::from_millis(20);
 /// waiting behind it.
 const HELLO: Duration = Duration::from_secs(2);
 /// How long the leader of a group that failed waits for members who are still on their way.
-const LATE: Duration = Duration::from_secs(1);
+const LATE: Duration = Duration::from_millis(300);
 /// Pause between two looks whether a door is open.
 const RETRY: Duration = Duration::from_millis(1);
 
