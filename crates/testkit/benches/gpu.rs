@@ -176,7 +176,8 @@ fn saves(world: &ProcessGroup, device: &Device) {
     let name = format!("tensor{}", world.rank());
     let state = StateDict::from_iter([(name, Value::try_from(&tensor).unwrap())]);
     let save = median(world, 3, || {
-        let options = SaveOptions { group: Some(world), overwrite: true, sync: false };
+        let options =
+            SaveOptions { group: Some(world), overwrite: true, sync: false, ..SaveOptions::default() };
         save_with(first.join("checkpoint"), &state, options).unwrap();
     });
     let gigabytes = |seconds: f64| SAVED_BYTES as f64 / seconds / 1e9;
