@@ -39,7 +39,8 @@ pub(crate) fn has_mpi() -> bool {
 /// Builds the cases and runs all jobs.
 pub(crate) fn run() -> Result<(), String> {
     let mpirun = Mpirun::find()?;
-    let cases = built(&["test", "-p", "sconce-testkit", "--features", "mpi", "--test", "mpi", "--no-run"])?;
+    let cases = "test --workspace --features sconce-testkit/mpi --test mpi --no-run";
+    let cases = built(&cases.split(' ').collect::<Vec<_>>())?;
     let build = "build -p sconce-mesh --no-default-features --features mpi,tcp-store --example ranks";
     let example = built(&build.split(' ').collect::<Vec<_>>())?;
 
