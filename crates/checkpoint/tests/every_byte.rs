@@ -15,6 +15,7 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 use common::ranks;
 use sconce_checkpoint::{
@@ -199,6 +200,9 @@ impl Drop for Tmpfs {
     }
 }
 
+/// Held by tests that mount: a process that one starts holds the open files of the other for a moment, and their space.
+static MOUNTING: Mutex<()> = Mutex::new(());
+
 const ENOSPC: i32 = 28;
 const EROFS: i32 = 30;
 
@@ -213,6 +217,7 @@ fn os_error(error: &Error) -> Option<i32> {
 #[test]
 #[ignore = "needs root: it mounts a file system"]
 fn a_full_disk_is_an_error_on_all_ranks_and_the_old_checkpoint_stays() {
+    let _alone = MOUNTING.lock().unwrap_or_else(PoisonError::into_inner);
     let dir = tempfile::tempdir().unwrap();
     let disk = Tmpfs::mount(dir.path().join("disk"), "size=3m");
     let path = disk.0.join("c");
@@ -237,12 +242,6 @@ fn a_full_disk_is_an_error_on_all_ranks_and_the_old_checkpoint_stays() {
         );
         assert_eq!(contents(&load_new(&path).unwrap(), "spread"), [9; SMALL]);
         fs::remove_file(disk.0.join("filler")).unwrap();
-        // The process that another test starts may hold files of this one for a moment.
-        for _ in 0..200 {
-            if free() != before {
-                std::thread::sleep(std::time::Duration::from_millis(10));
-            }
-        }
         assert_eq!(free(), before, "what was written is removed");
     }
     save_with(&path, &tiny(8), SaveOptions { overwrite: true, ..SaveOptions::default() }).unwrap();
@@ -252,6 +251,7 @@ fn a_full_disk_is_an_error_on_all_ranks_and_the_old_checkpoint_stays() {
 #[test]
 #[ignore = "needs root: it mounts a file system"]
 fn a_read_only_disk_loads_and_refuses_to_save() {
+    let _alone = MOUNTING.lock().unwrap_or_else(PoisonError::into_inner);
     let dir = tempfile::tempdir().unwrap();
     let disk = Tmpfs::mount(dir.path().join("disk"), "size=8m");
     let path = checkpoint(&disk.0);

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use sconce_checkpoint::{Error, Retention, SaveOptions, Series, SeriesOptions, load_new, save_with};
 use sconce_dtensor::{DType, StateDict, TensorBox, TensorBuf, Value};
@@ -15,6 +15,10 @@ use super::ptrace::be_traced;
 const SCENARIO: &str = "SCONCE_CRASH_SCENARIO";
 const PLACE: &str = "SCONCE_CRASH_PLACE";
 const RANK: &str = "SCONCE_CRASH_RANK";
+
+/// Written while a process starts. Until it is its own program it holds what locks this one holds, and what is locked is
+/// not removed.
+static STARTING: RwLock<()> = RwLock::new(());
 
 /// A save that is interrupted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,28 +144,18 @@ impl Scenario {
         *found == Ok(old) || *found == Ok(Some(NEW))
     }
 
-    fn save_next(self, dir: &Path) {
+    /// A later save over whatever the crash left: it succeeds, and nothing else stays.
+    #[track_caller]
+    pub(crate) fn check_recovery(self, dir: &Path) {
+        let _none_starts = STARTING.read().unwrap_or_else(PoisonError::into_inner);
         if matches!(self, Scenario::Series | Scenario::Linked) {
             save_in_series(dir, NEXT, self == Scenario::Linked).unwrap();
         } else {
             overwrite(&self.target(dir), NEXT, None).unwrap();
         }
-    }
-
-    /// A later save over whatever the crash left: it succeeds, and nothing else stays.
-    #[track_caller]
-    pub(crate) fn check_recovery(self, dir: &Path) {
-        self.save_next(dir);
         assert_eq!(self.loaded(dir), Ok(Some(NEXT)));
-        let left = || -> Vec<_> {
-            std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect()
-        };
-        // A process that another test starts holds our locks between its fork and its exec, so that what was replaced
-        // seems to be read: a later save removes it.
-        if left().len() > 1 {
-            self.save_next(dir);
-        }
-        assert_eq!(left().len(), 1, "{:?}", left());
+        let left: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left.len(), 1, "{left:?}");
     }
 }
 
@@ -189,13 +183,27 @@ pub(crate) fn play_if_traced() {
     std::process::exit(i32::from(failed));
 }
 
+/// Whether the child has closed what it inherited: its environment is laid out after that.
+fn is_own_program(child: &Child) -> bool {
+    let environ = std::fs::read(format!("/proc/{}/environ", child.id())).unwrap_or_default();
+    environ.windows(SCENARIO.len()).any(|part| part == SCENARIO.as_bytes())
+}
+
 /// Starts the processes of a scenario: this test binary again, in the test that called [`play_if_traced`].
 pub(crate) fn start(scenario: Scenario, test: &str, place: &Place) -> Vec<Child> {
     let start = |rank: usize| {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args([test, "--exact", "--nocapture", "--test-threads=1"]);
         command.env(SCENARIO, format!("{scenario:?}")).env(PLACE, &place.0).env(RANK, rank.to_string());
-        command.stdout(Stdio::null()).spawn().unwrap()
+        let _alone = STARTING.write().unwrap_or_else(PoisonError::into_inner);
+        let child = command.stdout(Stdio::null()).spawn().unwrap();
+        // `spawn` may return when the child has its own memory, shortly before it closes what it got from this process.
+        let started = Instant::now();
+        while !is_own_program(&child) {
+            assert!(started.elapsed() < Duration::from_secs(30), "a traced process did not start");
+            std::thread::yield_now();
+        }
+        child
     };
     (0..scenario.n_processes()).map(start).collect()
 }
