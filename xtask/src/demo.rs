@@ -12,13 +12,15 @@ use self::log::Log;
 use crate::root;
 
 const USAGE: &str = "usage: cargo xtask demo elastic [--times N] [--seed N]";
-const STEPS: u64 = 500;
+/// Where Adam is at rest. From step 480 on it magnifies rounding: uninterrupted runs on 1 and on 4 ranks, 3e-8 of the first
+/// loss apart at step 450, are 3e-6 apart at step 500.
+const STEPS: u64 = 420;
 /// Milliseconds of a step at least: the whole run takes some seconds, so that a slot comes back before its end.
-const PACE: u64 = 8;
+const PACE: u64 = 10;
 const COOLDOWN: &str = "1.5";
 const LIMIT: Duration = Duration::from_secs(120);
 /// How far the final losses may differ, of the first loss. Sums over 3 ranks round otherwise than over 4.
-const TOLERANCE: f64 = 1e-5;
+const TOLERANCE: f64 = 1e-6;
 
 /// Runs the demo that `arguments` name.
 pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
