@@ -92,7 +92,7 @@ impl Trained {
 }
 
 /// What a rank allocates whatever the size of its units: the graph, the collectives' lists.
-const FIXED_BYTES: f64 = (896 << 10) as f64;
+const FIXED_BYTES: f64 = (256 << 10) as f64;
 
 /// Bytes of a peak in units, without this rank's shards, what activations take at most (a few tensors of the batch's
 /// size for each unit in forward and in backward), and `FIXED_BYTES`.
