@@ -11,6 +11,7 @@ use sconce_mesh::cuda::{CudaBytes, CudaBytesMut, read_chunks, write_chunks};
 use sconce_mesh::{DType, cpu_bytes, cpu_bytes_mut, prefer_huge_pages};
 
 use crate::error::CandleContext;
+use crate::local_tensor::check_range;
 use crate::{Error, Result};
 
 /// The dtype of a tensor, if collectives and checkpoints carry it.
@@ -34,10 +35,15 @@ pub(crate) fn read_bytes(tensor: &Tensor, read: &mut dyn FnMut(&[u8])) -> Result
 /// Lends a range of the row-major bytes of `tensor`, in order: of a CUDA tensor in pieces that a device copies while the
 /// one before is used, of any other in one.
 pub(crate) fn read_range(tensor: &Tensor, range: Range<usize>, read: &mut dyn FnMut(&[u8])) -> Result<()> {
-    match tensor.device() {
-        Device::Cuda(_) => read_cuda_range(tensor, range, read),
-        _ => read_bytes(tensor, &mut |bytes| read(bytes.get(range.clone()).unwrap_or_default())),
+    #[cfg(feature = "cuda")]
+    if tensor.device().is_cuda() {
+        return read_cuda_range(tensor, range, read);
     }
+    let mut outcome = Ok(());
+    read_bytes(tensor, &mut |bytes| {
+        outcome = check_range(&range, bytes.len()).map(|()| read(&bytes[range.clone()]));
+    })?;
+    outcome
 }
 
 #[cfg(feature = "cuda")]
@@ -47,16 +53,8 @@ fn read_cuda_range(tensor: &Tensor, range: Range<usize>, read: &mut dyn FnMut(&[
     let (storage, layout) = contiguous.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { unreachable!("a copy is on the device of its source") };
     let bytes = CudaBytes::of(storage, layout)?;
-    if range.start <= range.end && range.end <= bytes.len_bytes() {
-        read_chunks(&bytes.range(range), |_, chunk| read(chunk))?;
-    }
-    Ok(())
-}
-
-/// There is no CUDA tensor in a build without CUDA.
-#[cfg(not(feature = "cuda"))]
-fn read_cuda_range(tensor: &Tensor, range: Range<usize>, read: &mut dyn FnMut(&[u8])) -> Result<()> {
-    read_bytes(tensor, &mut |bytes| read(bytes.get(range.clone()).unwrap_or_default()))
+    check_range(&range, bytes.len_bytes())?;
+    Ok(read_chunks(&bytes.range(range), |_, chunk| read(chunk))?)
 }
 
 /// The tensor in host memory, itself if it is there already.

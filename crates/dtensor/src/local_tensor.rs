@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::ops::Range;
 
-use crate::{Result, TensorBox};
+use crate::{Error, Result, TensorBox};
 use sconce_mesh::DType;
 
 /// The part of a global tensor that this rank holds.
@@ -30,9 +30,13 @@ pub trait LocalTensor: Send + Sync {
     /// in memory, and are larger than it, have this for saves.
     ///
     /// # Errors
-    /// The device could not be read.
+    /// The device could not be read; `Unreadable` for a range that leaves the box.
     fn read_box_range(&self, index: usize, range: Range<usize>, read: &mut dyn FnMut(&[u8])) -> Result<()> {
-        self.read_box(index, &mut |bytes| read(bytes.get(range.clone()).unwrap_or_default()))
+        let mut outcome = Ok(());
+        self.read_box(index, &mut |bytes| {
+            outcome = check_range(&range, bytes.len()).map(|()| read(&bytes[range.clone()]));
+        })?;
+        outcome
     }
 
     /// Lends the bytes of box `index` to `write`, in place: aliases of the tensor see the new values.
@@ -45,14 +49,18 @@ pub trait LocalTensor: Send + Sync {
     /// piece write so. Tensors whose bytes do not lie in memory need not fetch the rest of the box then.
     ///
     /// # Errors
-    /// The device could not be written.
+    /// The device could not be written; `Unreadable` for a range that leaves the box.
     fn write_box_range(
         &mut self,
         index: usize,
         range: Range<usize>,
         write: &mut dyn FnMut(&mut [u8]),
     ) -> Result<()> {
-        self.write_box(index, &mut |bytes| write(bytes.get_mut(range.clone()).unwrap_or_default()))
+        let mut outcome = Ok(());
+        self.write_box(index, &mut |bytes| {
+            outcome = check_range(&range, bytes.len()).map(|()| write(&mut bytes[range.clone()]));
+        })?;
+        outcome
     }
 
     /// A copy that shares no memory with this one.
@@ -79,4 +87,12 @@ pub trait LocalTensor: Send + Sync {
 /// Size in bytes of box `index`.
 pub fn box_len_bytes(tensor: &dyn LocalTensor, index: usize) -> usize {
     tensor.local_boxes()[index].numel() * tensor.dtype().size_bytes()
+}
+
+/// Refuses a range that leaves a box of `len` bytes.
+pub(crate) fn check_range(range: &Range<usize>, len: usize) -> Result<()> {
+    if range.start <= range.end && range.end <= len {
+        return Ok(());
+    }
+    Err(Error::Unreadable { what: format!("bytes {range:?} of a box"), cause: format!("it has {len}") })
 }

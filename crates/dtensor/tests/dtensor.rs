@@ -239,3 +239,22 @@ fn a_whole_buffer_becomes_a_tensor_and_a_part_does_not() {
     let error = Tensor::try_from(&part).unwrap_err();
     assert!(matches!(error, sconce_dtensor::Error::ShapeMismatch { .. }), "{error}");
 }
+
+/// Fewer bytes than were asked for would be a checkpoint that lacks some.
+#[test]
+fn a_range_that_leaves_a_box_is_refused_and_nothing_is_lent() {
+    let mut buffer = TensorBuf::new(DType::U8, &[4], vec![1, 2, 3, 4]).unwrap();
+    let flat = sconce_dtensor::FlatTensor::whole(&counted(&[1])).unwrap();
+    let mut lent = Vec::new();
+    buffer.read_box_range(0, 1..3, &mut |bytes| lent.extend_from_slice(bytes)).unwrap();
+    assert_eq!(lent, [2, 3]);
+    for range in [3..5, 5..6, 4..9] {
+        let unlent = |_: &[u8]| panic!("lent");
+        for tensor in [&buffer as &dyn LocalTensor, &flat] {
+            let error = tensor.read_box_range(0, range.clone(), &mut { unlent }).unwrap_err();
+            assert_eq!(error.to_string(), format!("bytes {range:?} of a box: it has 4"));
+        }
+        let written = buffer.write_box_range(0, range.clone(), &mut |_| panic!("lent"));
+        assert!(matches!(written, Err(sconce_dtensor::Error::Unreadable { .. })), "{written:?}");
+    }
+}
