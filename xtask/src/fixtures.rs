@@ -2,13 +2,17 @@
 //! that are checked in. With `--write` it replaces them.
 //!
 //! A fixture that can be made again is a folder with a `generate.py`, which writes its files into the directory that it is
-//! given.
+//! given. Checkpoints, folders of the name `checkpoint`, hold the identifier of their save and are never the same twice:
+//! what they hold is compared, which lies beside them, and not their bytes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::root;
+
+/// Folders whose files are not compared.
+const CHECKPOINT: &str = "checkpoint";
 
 const USAGE: &str = "usage: cargo xtask fixtures --torch PYTHON [--write]";
 
@@ -28,9 +32,9 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
         println!("{name}: {}", if files.is_empty() { "as checked in".to_owned() } else { files.join(", ") });
         for file in &files {
             show(&fixture.join(file), &made.join(file));
-            if write {
-                fs::copy(made.join(file), fixture.join(file)).map_err(|e| format!("{name}/{file}: {e}"))?;
-            }
+        }
+        if write {
+            copy_all(&made, &fixture)?;
         }
         differing.extend(files.into_iter().map(|file| format!("{name}/{file}")));
     }
@@ -61,12 +65,20 @@ fn make(python: &str, fixture: &Path, made: &Path) -> Result<(), String> {
     Err(format!("{}: {}\n{errors}", fixture.join("generate.py").display(), output.status))
 }
 
-/// Names of the made files that differ from the checked-in ones, or that are new.
+/// Names of the made files, below both folders, that differ from the checked-in ones, or that are new.
 fn differences(fixture: &Path, made: &Path) -> Result<Vec<String>, String> {
     let mut differing = Vec::new();
     for entry in fs::read_dir(made).map_err(|e| format!("{}: {e}", made.display()))? {
         let path = entry.map_err(|e| e.to_string())?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name == CHECKPOINT {
+            continue;
+        }
+        if path.is_dir() {
+            let below = differences(&fixture.join(&name), &path)?;
+            differing.extend(below.into_iter().map(|file| format!("{name}/{file}")));
+            continue;
+        }
         let new = fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
         // One that is not checked in yet differs as well.
         if fs::read(fixture.join(&name)).ok() != Some(new) {
@@ -75,6 +87,20 @@ fn differences(fixture: &Path, made: &Path) -> Result<Vec<String>, String> {
     }
     differing.sort();
     Ok(differing)
+}
+
+fn copy_all(from: &Path, to: &Path) -> Result<(), String> {
+    fs::create_dir_all(to).map_err(|e| format!("{}: {e}", to.display()))?;
+    for entry in fs::read_dir(from).map_err(|e| format!("{}: {e}", from.display()))? {
+        let entry = entry.map_err(|e| format!("{}: {e}", from.display()))?;
+        let (old, new) = (entry.path(), to.join(entry.file_name()));
+        if old.is_dir() {
+            copy_all(&old, &new)?;
+        } else {
+            fs::copy(&old, &new).map_err(|e| format!("{}: {e}", new.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Prints the first lines that differ.
@@ -102,11 +128,16 @@ mod tests {
             (&new, "same", "1"),
             (&new, "changed", "2"),
             (&new, "added", ""),
+            (&old, "folder/same", "1"),
+            (&new, "folder/same", "1"),
+            (&new, "folder/added", "1"),
+            (&old, "case/checkpoint/.metadata", "1"),
+            (&new, "case/checkpoint/.metadata", "2"),
         ] {
-            fs::create_dir_all(at).unwrap();
+            fs::create_dir_all(at.join(name).parent().unwrap()).unwrap();
             fs::write(at.join(name), text).unwrap();
         }
-        assert_eq!(differences(&old, &new).unwrap(), ["added", "changed"]);
+        assert_eq!(differences(&old, &new).unwrap(), ["added", "changed", "folder/added"]);
         fs::remove_dir_all(dir).unwrap();
     }
 }

@@ -20,8 +20,7 @@ mod targets;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, PoisonError};
 
-use indexmap::IndexMap;
-use sconce_dtensor::{Fqn, StateDict};
+use sconce_dtensor::{Fqn, OrderedMap, StateDict};
 use sconce_mesh::ProcessGroup;
 
 use crate::coordinate::Ranks;
@@ -71,7 +70,7 @@ impl<'p> Reads<'p> {
         state: &StateDict<'_>,
     ) -> Result<Self> {
         let tensors = state.flat_tensors().map_err(|error| Error::tensor("", &error))?;
-        let mut by_tensor = IndexMap::<&str, BTreeMap<usize, Vec<&ReadItem>>>::new();
+        let mut by_tensor = OrderedMap::<&str, BTreeMap<usize, Vec<&ReadItem>>>::new();
         let mut wants = Wants::none(metadata);
         let mut is_read = vec![false; metadata.files.len()];
         for item in &plan.items {
@@ -84,7 +83,7 @@ impl<'p> Reads<'p> {
             let saved = &metadata.tensors[item.saved];
             is_read[saved.chunks[item.chunk].file] = true;
             wants.add(&ItemRuns::new(&item.part, item.chunk, saved, wanted));
-            by_tensor.entry(&item.fqn).or_default().entry(item.index).or_default().push(item);
+            by_tensor.get_or_default(item.fqn.as_str()).entry(item.index).or_default().push(item);
         }
         let tensors = by_tensor.into_iter().map(|(fqn, boxes)| TensorReads { fqn, boxes });
         let mut tensors: Vec<TensorReads<'_>> = tensors.collect();
@@ -171,7 +170,7 @@ impl<'p> Reads<'p> {
         overwritten: &mut BTreeSet<String>,
     ) -> Result<()> {
         let mut tensors = state.flat_tensors_mut().map_err(|error| Error::tensor("", &error))?;
-        let job = |reads| Some(Job { reads, tensor: tensors.swap_remove(&Fqn(reads.fqn.to_owned()))? });
+        let job = |reads| Some(Job { reads, tensor: tensors.remove(&Fqn(reads.fqn.to_owned()))? });
         let jobs = self.tensors.iter().filter_map(job).collect();
         let written = Mutex::new(std::mem::take(overwritten));
         let outcome =

@@ -8,7 +8,6 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use indexmap::IndexMap;
 use sconce_dtensor::{DType, Fqn, LocalTensor, StateDict, TensorBox, Value, box_len_bytes};
 
 use crate::tree::child;
@@ -41,13 +40,12 @@ impl Stage {
         let copied = tensors.iter().filter(|(_, tensor)| !tensor.has_free_snapshots());
         let copied: Vec<(&Fqn, &dyn LocalTensor)> = copied.map(|(fqn, tensor)| (fqn, *tensor)).collect();
         self.buffers.retain(|name, _| copied.iter().any(|(fqn, _)| fqn.as_str() == name));
-        let mut buffers: IndexMap<&str, Vec<u8>> = IndexMap::new();
-        for (fqn, tensor) in &copied {
-            buffers.insert(fqn.as_str(), self.take_buffer(fqn.as_str(), len_bytes(*tensor)));
-        }
+        let take =
+            |(fqn, tensor): &(&Fqn, &dyn LocalTensor)| self.take_buffer(fqn.as_str(), len_bytes(*tensor));
+        let mut buffers: Vec<Vec<u8>> = copied.iter().map(take).collect();
         copy_all(&copied, &mut buffers, threads)?;
-        for (fqn, bytes) in buffers {
-            self.buffers.insert(fqn.to_owned(), Arc::new(bytes));
+        for ((fqn, _), bytes) in copied.iter().zip(buffers) {
+            self.buffers.insert(fqn.as_str().to_owned(), Arc::new(bytes));
         }
         self.state(state, "")
     }
@@ -97,13 +95,9 @@ struct Part<'p> {
     to: &'p mut [u8],
 }
 
-fn copy_all(
-    tensors: &[(&Fqn, &dyn LocalTensor)],
-    buffers: &mut IndexMap<&str, Vec<u8>>,
-    threads: usize,
-) -> Result<()> {
+fn copy_all(tensors: &[(&Fqn, &dyn LocalTensor)], buffers: &mut [Vec<u8>], threads: usize) -> Result<()> {
     let mut parts = Vec::new();
-    for ((fqn, tensor), buffer) in tensors.iter().zip(buffers.values_mut()) {
+    for ((fqn, tensor), buffer) in tensors.iter().zip(buffers) {
         let mut rest = buffer.as_mut_slice();
         for index in 0..tensor.local_boxes().len() {
             let (mine, later) = rest.split_at_mut(box_len_bytes(*tensor, index));

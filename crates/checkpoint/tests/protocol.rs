@@ -52,7 +52,7 @@ impl StorageWriter for MemoryWriter<'_> {
         for (item, write) in plan.items.iter().enumerate() {
             bytes.extend_from_slice(b"PK!");
             items.push(WrittenItem { item, offset_bytes: bytes.len() as u64 });
-            let tensor = tensors[&Fqn(write.fqn.clone())];
+            let tensor = *tensors.get(&Fqn(write.fqn.clone())).unwrap();
             tensor.read_box(write.index, &mut |lent| bytes.extend_from_slice(lent)).unwrap();
         }
         let name = format!("rank {}", plan.writer);

@@ -21,6 +21,7 @@ mod grad;
 mod local_tensor;
 #[cfg(feature = "candle")]
 mod ops;
+mod ordered_map;
 mod placement;
 #[cfg(feature = "candle")]
 mod random;
@@ -40,6 +41,7 @@ pub use error::{Error, Result};
 pub use local_tensor::{LocalTensor, box_len_bytes};
 #[cfg(feature = "candle")]
 pub use ops::local_map;
+pub use ordered_map::OrderedMap;
 pub use placement::{Placement, normalize_placements};
 #[cfg(feature = "candle")]
 pub use redistribute::redistribute_between;

@@ -3,9 +3,7 @@
 
 use std::fmt;
 
-use indexmap::IndexMap;
-
-use crate::{Error, LocalTensor, Result};
+use crate::{Error, LocalTensor, OrderedMap, Result};
 
 /// A flattened, dotted name: `model.net1.weight`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -46,7 +44,7 @@ impl fmt::Display for Fqn {
 /// ```
 #[derive(Default)]
 pub struct StateDict<'a> {
-    entries: IndexMap<String, Value<'a>>,
+    entries: OrderedMap<String, Value<'a>>,
 }
 
 /// One value of a [`StateDict`].
@@ -103,7 +101,7 @@ impl<'a> StateDict<'a> {
 
     /// Removes and returns the value under a key of this level; the others keep their order.
     pub fn remove(&mut self, key: &str) -> Option<Value<'a>> {
-        self.entries.shift_remove(key)
+        self.entries.remove(key)
     }
 
     /// Number of entries of this level.
@@ -156,8 +154,8 @@ impl<'a> StateDict<'a> {
     ///
     /// # Errors
     /// `DuplicateFqn` if two entries flatten to one name.
-    pub fn flat_tensors(&self) -> Result<IndexMap<Fqn, &(dyn LocalTensor + 'a)>> {
-        let mut flat = IndexMap::new();
+    pub fn flat_tensors(&self) -> Result<OrderedMap<Fqn, &(dyn LocalTensor + 'a)>> {
+        let mut flat = OrderedMap::new();
         self.visit(&Fqn(String::new()), &mut |fqn, tensor| match flat.insert(fqn.clone(), tensor) {
             None => Ok(()),
             Some(_) => Err(Error::DuplicateFqn { fqn: fqn.0 }),
@@ -169,8 +167,8 @@ impl<'a> StateDict<'a> {
     ///
     /// # Errors
     /// `DuplicateFqn` if two entries flatten to one name.
-    pub fn flat_tensors_mut(&mut self) -> Result<IndexMap<Fqn, &mut (dyn LocalTensor + 'a)>> {
-        let mut flat = IndexMap::new();
+    pub fn flat_tensors_mut(&mut self) -> Result<OrderedMap<Fqn, &mut (dyn LocalTensor + 'a)>> {
+        let mut flat = OrderedMap::new();
         self.visit_mut(&Fqn(String::new()), &mut |fqn, tensor| match flat.insert(fqn.clone(), tensor) {
             None => Ok(()),
             Some(_) => Err(Error::DuplicateFqn { fqn: fqn.0 }),
@@ -350,7 +348,7 @@ impl<K: Into<String>, V: Into<Value<'static>>> FromIterator<(K, V)> for StateDic
 
 impl fmt::Debug for StateDict<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_map().entries(&self.entries).finish()
+        f.debug_map().entries(self.entries.iter()).finish()
     }
 }
 

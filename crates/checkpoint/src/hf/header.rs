@@ -2,8 +2,7 @@
 
 use std::collections::HashMap;
 
-use indexmap::IndexMap;
-use sconce_dtensor::DType;
+use sconce_dtensor::{DType, OrderedMap};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
@@ -36,7 +35,7 @@ pub(crate) struct Entry {
 #[derive(Default)]
 struct Head {
     metadata: HashMap<String, String>,
-    tensors: IndexMap<String, Info>,
+    tensors: OrderedMap<String, Info>,
 }
 
 /// Entry by entry: what serde's `flatten` sets aside takes many times the text.

@@ -2,8 +2,7 @@
 
 use std::ops::Range;
 
-use indexmap::IndexMap;
-use sconce_dtensor::{Fqn, LocalTensor};
+use sconce_dtensor::{Fqn, LocalTensor, OrderedMap};
 
 use super::Reads;
 use super::division::{Division, Places};
@@ -38,7 +37,7 @@ impl<'e, 't> Takers<'e, 't> {
     pub(super) fn new(
         reads: &'e Reads<'_>,
         division: &Division,
-        mut tensors: IndexMap<Fqn, &'e mut (dyn LocalTensor + 't)>,
+        mut tensors: OrderedMap<Fqn, &'e mut (dyn LocalTensor + 't)>,
     ) -> Self {
         let places = division.places(reads.metadata);
         let n_ranks = division.shared.len();
@@ -46,7 +45,7 @@ impl<'e, 't> Takers<'e, 't> {
         let mut takes: Vec<(Vec<ItemRuns>, Vec<Target>)> = vec![Default::default(); n_ranks];
         let mut lent = Vec::new();
         for of_tensor in &reads.tensors {
-            let Some(tensor) = tensors.swap_remove(&Fqn(of_tensor.fqn.to_owned())) else { continue };
+            let Some(tensor) = tensors.remove(&Fqn(of_tensor.fqn.to_owned())) else { continue };
             for (index, items) in &of_tensor.boxes {
                 for item in items {
                     let saved = &reads.metadata.tensors[item.saved];

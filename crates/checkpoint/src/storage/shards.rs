@@ -2,8 +2,7 @@
 
 use std::collections::HashMap;
 
-use indexmap::IndexMap;
-use sconce_dtensor::{Fqn, LocalTensor, box_len_bytes};
+use sconce_dtensor::{Fqn, LocalTensor, OrderedMap, box_len_bytes};
 
 use super::file::{Contents, Piece};
 use crate::format::shard;
@@ -12,7 +11,7 @@ use crate::plan::{WriteItem, WritePlan, WrittenFile, WrittenItem};
 use crate::{Error, Result};
 
 /// The tensors of a state by name.
-pub(crate) type Tensors<'s, 'a> = IndexMap<Fqn, &'s (dyn LocalTensor + 'a)>;
+pub(crate) type Tensors<'s, 'a> = OrderedMap<Fqn, &'s (dyn LocalTensor + 'a)>;
 
 /// One data file of a rank.
 pub(crate) struct Shard<'p> {

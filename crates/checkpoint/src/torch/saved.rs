@@ -1,6 +1,6 @@
 //! What one `torch.save` archive holds: tensors where their storages lie, and plain values.
 
-use sconce_dtensor::DType;
+use sconce_dtensor::{DType, OrderedMap};
 
 use super::dtypes::TorchDType;
 use super::pickle::{self, Class, Fault, Item, Object, Pickle};
@@ -217,7 +217,7 @@ impl Reading<'_> {
 
     fn map(&mut self, entries: &[(Item, Item)], at: &str, depth: usize) -> Result<Node> {
         // The later of equal keys holds, in the place of the first, as in Python.
-        let mut last: indexmap::IndexMap<String, Item> = indexmap::IndexMap::new();
+        let mut last: OrderedMap<String, Item> = OrderedMap::new();
         for (item, value) in entries {
             let key = self.key(*item);
             let key =

@@ -39,14 +39,15 @@ pub(crate) fn source(shape: &[usize], mesh: &[usize], at: &[usize], places: &[Pl
     values(shape, &held(shape, mesh, at, places), |index| term(op, value(index), (index + k) % n, n))
 }
 
-/// Term `k` of `n` whose reduction is `value`.
+/// Term `k` of `n` whose reduction is `value`; a multiple of 840 as the value is, because terms are divided again where a
+/// plan makes a reduction pending on a further mesh dim.
 fn term(op: ReduceOp, value: f32, k: usize, n: usize) -> f32 {
-    let others: f32 = (1..n).map(|k| 8.0 * k as f32).sum();
+    let others: f32 = (1..n).map(|k| 840.0 * k as f32).sum();
     match (op, k) {
         (ReduceOp::Sum, 0) => value - others,
         (ReduceOp::Avg, 0) => value - others,
-        (ReduceOp::Sum, k) => 8.0 * k as f32,
-        (ReduceOp::Avg, k) => value + 8.0 * k as f32,
+        (ReduceOp::Sum, k) => 840.0 * k as f32,
+        (ReduceOp::Avg, k) => value + 840.0 * k as f32,
         (ReduceOp::Min, k) => value + k as f32,
         (ReduceOp::Max, k) => value - k as f32,
         (ReduceOp::Prod, 0) => value,
