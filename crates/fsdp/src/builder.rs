@@ -180,8 +180,9 @@ impl FsdpBuilder {
             slot,
             cells: own.iter().map(|p| p.cell.clone()).collect(),
             groups: self.groups.clone(),
-            // As in torch: the root's backward begins where its forward ends.
-            reshard_after_forward: self.config.strategy.reshards_after_forward() && !is_root,
+            // As in torch: the root's backward begins where its forward ends, and one rank shares with nobody (there
+            // a world of one is NO_SHARD).
+            reshard_after_forward: self.config.strategy.reshards_after_forward() && !is_root && n_shards > 1,
             trains: declared.params.iter().any(|p| !p.frozen && is_inside(&p.fqn, prefix)),
             pass: pass.clone(),
         });

@@ -9,6 +9,14 @@ use super::kernel::{Kernel, Lent, on_storages, on_tensors};
 use super::param::Param;
 use super::real::Real;
 
+/// Up to so many rows the products are computed as their transposes: a product packs the operand on its right, and what
+/// packing the weight takes is paid back by many rows only. 32 rows of 1024 took 0.92 ms instead of 1.43 through a weight
+/// `[1024, 1024]`, and 0.97 instead of 2.06 backward, where it pays for half as many rows.
+const FEW_ROWS: usize = 64;
+
+/// Elements of a weight from which on that holds backward: smaller ones stay in a cache.
+const LARGE_WEIGHT: usize = 512 << 10;
+
 /// A linear layer over the last dim.
 ///
 /// Shapes: `[…, in]` → `[…, out]`, weight `[out, in]`, bias `[out]`.
@@ -100,7 +108,14 @@ impl Product {
             };
             let rows = outer.iter().product();
             let x_layout = Layout::contiguous_with_offset((rows, last), x_layout.start_offset());
-            let y = x.matmul(w, (1, rows, n_out, n_in), &x_layout, &w_layout.transpose(0, 1)?)?;
+            let y = if rows <= FEW_ROWS {
+                let columns = w.matmul(x, (1, n_out, rows, n_in), w_layout, &x_layout.transpose(0, 1)?)?;
+                let layout = Layout::contiguous((n_out, rows));
+                let [y] = on_storages(&Transpose { n_columns: rows }, [(&columns, &layout)])?;
+                y
+            } else {
+                x.matmul(w, (1, rows, n_out, n_in), &x_layout, &w_layout.transpose(0, 1)?)?
+            };
             let mut shape = outer.to_vec();
             shape.push(n_out);
             Ok((y, Shape::from(shape)))
@@ -113,12 +128,23 @@ impl Product {
         let (n_out, n_in) = weight.dims2()?;
         let grad = grad.contiguous()?.reshape(((), n_out))?.detach();
         let dx = match x.track_op() {
-            true => Some(grad.matmul(&weight)?.reshape(x.shape())?),
+            true => Some(backward_rows(&grad, &weight)?.reshape(x.shape())?),
             false => None,
         };
         let dw = self.weight.backward(|| grad.t()?.matmul(&x.detach().reshape(((), n_in))?))?;
         Ok((dx, dw))
     }
+}
+
+/// `grad`·`weight`: the gradient of the rows that came in.
+fn backward_rows(grad: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (rows, n_in) = (grad.dim(0)?, weight.dim(1)?);
+    if rows > FEW_ROWS / 2 || weight.elem_count() < LARGE_WEIGHT {
+        return grad.matmul(weight);
+    }
+    let columns = weight.t()?.matmul(&grad.t()?)?;
+    let [dx] = on_tensors(&Transpose { n_columns: rows }, [&columns], [Shape::from((rows, n_in))])?;
+    Ok(dx)
 }
 
 impl CustomOp2 for Product {
@@ -184,6 +210,31 @@ impl CustomOp3 for Product {
             Ok(sums)
         })?;
         Ok((dx, dw, db))
+    }
+}
+
+/// A matrix with its rows and columns exchanged.
+struct Transpose {
+    /// Of the input.
+    n_columns: usize,
+}
+
+impl Kernel<1, 1> for Transpose {
+    #[inline(always)]
+    fn run<T: Real>(&self, [values]: [&[T]; 1]) -> [Vec<T>; 1] {
+        /// Rows of the input that make one run of the output: a cache line of it in f32.
+        const RUN: usize = 16;
+        let n_rows = values.len() / self.n_columns.max(1);
+        let mut transposed = vec![T::ZERO; values.len()];
+        for (nth, rows) in values.chunks(RUN * self.n_columns.max(1)).enumerate() {
+            for column in 0..self.n_columns {
+                let run = &mut transposed[column * n_rows + nth * RUN..];
+                for (to, row) in run.iter_mut().zip(rows.chunks_exact(self.n_columns)) {
+                    *to = row[column];
+                }
+            }
+        }
+        [transposed]
     }
 }
 

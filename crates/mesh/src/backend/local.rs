@@ -6,6 +6,7 @@
 
 mod barrier;
 mod bootstrap;
+mod copy;
 mod exchange;
 mod failure;
 mod fds;

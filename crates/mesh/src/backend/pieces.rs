@@ -64,12 +64,18 @@ impl<'a> Source<'a> {
 pub(crate) struct Sink<'a, 'b> {
     pieces: &'a mut [&'b mut [u8]],
     starts: Vec<usize>,
+    copy: fn(&[u8], &mut [u8]),
 }
 
 impl<'a, 'b> Sink<'a, 'b> {
     pub(crate) fn new(pieces: &'a mut [&'b mut [u8]]) -> Self {
+        Self::copying(pieces, |from, to| to.copy_from_slice(from))
+    }
+
+    /// One that is written by `copy`, of slices of equal length.
+    pub(crate) fn copying(pieces: &'a mut [&'b mut [u8]], copy: fn(&[u8], &mut [u8])) -> Self {
         let starts = starts(pieces.iter().map(|piece| piece.len()));
-        Sink { pieces, starts }
+        Sink { pieces, starts, copy }
     }
 
     /// Copies `from` to `offset`; what lies past the last piece is dropped.
@@ -78,7 +84,7 @@ impl<'a, 'b> Sink<'a, 'b> {
             let at = piece_at(&self.starts, offset);
             let to = &mut self.pieces[at][offset - self.starts[at]..];
             let len = to.len().min(from.len());
-            to[..len].copy_from_slice(&from[..len]);
+            (self.copy)(&from[..len], &mut to[..len]);
             (from, offset) = (&from[len..], offset + len);
         }
     }

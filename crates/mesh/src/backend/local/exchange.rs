@@ -24,6 +24,11 @@ const SPINS: usize = 200;
 /// instead of 76 with 200, and 64 MiB all_reduces 11.1 ms instead of 13.9.
 const SPINS_ON_OWN_CORE: usize = 5_000;
 
+/// Times that a rank then offers its core to others before it sleeps, where ranks outnumber cores: the peer that is waited
+/// for may want that very core, and need not be woken. 4 ranks on 2 cores moved 4 MiB all_to_alls in 0.84 ms instead of
+/// 1.2. Where every rank could have a core it would keep two on one, since only who sleeps is moved to an idle core.
+const YIELDS: usize = 20;
+
 /// Longest sleep between two looks at the peers.
 const SLICE: Duration = Duration::from_millis(20);
 
@@ -34,6 +39,7 @@ pub(crate) struct Endpoint {
     pub(super) me: usize,
     timeout: Duration,
     spins: usize,
+    yields: usize,
     mapping: Arc<Mapping>,
     watch: Arc<Watch>,
     progress: Mutex<Progress>,
@@ -70,13 +76,15 @@ impl Endpoint {
         let stage = Stage::claim(Arc::clone(&mapping), me)?;
         let progress = Mutex::new(Progress { stage: Some(stage), seq: 0 });
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let spins = if watch.world_size() <= cores { SPINS_ON_OWN_CORE } else { SPINS };
+        let (spins, yields) =
+            if watch.world_size() <= cores { (SPINS_ON_OWN_CORE, 0) } else { (SPINS, YIELDS) };
         Some(Endpoint {
             group,
             ranks,
             me,
             timeout,
             spins,
+            yields,
             mapping,
             watch,
             progress,
@@ -174,13 +182,19 @@ impl Endpoint {
         Ok(Exchange { endpoint: self, stage, call, deadline, compared: false })
     }
 
-    /// Waits for phase `target` a little: spins, then sleeps for a slice, then looks whether to give up.
+    /// Waits for phase `target` a little: spins, yields, then sleeps for a slice, then looks whether to give up.
     fn wait(&self, target: u32, call: &Fingerprint, deadline: Option<Instant>) -> Result<()> {
         for _ in 0..self.spins {
             if self.mapping.phase() == target {
                 return Ok(());
             }
             spin_loop();
+        }
+        for _ in 0..self.yields {
+            std::thread::yield_now();
+            if self.mapping.phase() == target {
+                return Ok(());
+            }
         }
         let left =
             deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()));

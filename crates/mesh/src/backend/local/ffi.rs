@@ -1,4 +1,4 @@
-//! The only unsafe file of the backend: a shared mapping, its control words, and the halves as borrowed slices.
+//! The backend's unsafe file, beside `copy.rs`: a shared mapping, its control words, and the halves as borrowed slices.
 //!
 //! # Why the slices are sound
 //!

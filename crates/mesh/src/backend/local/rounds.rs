@@ -3,6 +3,7 @@
 //! A round moves what fits in a half. Every function crosses at least one phase, also for empty buffers: there the
 //! ranks compare their calls.
 
+use super::copy::copier;
 use super::exchange::Exchange;
 use super::segment::DATA_BYTES;
 use crate::backend::pieces::{Sink, Source, offsets};
@@ -17,6 +18,7 @@ const ONE_CROSSING: usize = 32 << 10;
 const LINE: usize = 64;
 
 pub(super) fn broadcast<'a>(mut x: Exchange<'a>, buffer: &mut [u8], root: usize) -> Result<Exchange<'a>> {
+    let copy_out = copier(buffer.len());
     for round in 0..rounds(buffer.len(), DATA_BYTES) {
         let chunk = part(buffer.len(), DATA_BYTES, round);
         if x.me() == root {
@@ -24,7 +26,7 @@ pub(super) fn broadcast<'a>(mut x: Exchange<'a>, buffer: &mut [u8], root: usize)
             x = x.cross()?;
         } else {
             x = x.cross()?;
-            buffer[chunk.clone()].copy_from_slice(&x.peer(root)[..chunk.len()]);
+            copy_out(&x.peer(root)[..chunk.len()], &mut buffer[chunk.clone()]);
         }
     }
     Ok(x)
@@ -43,39 +45,57 @@ pub(super) fn all_reduce<'a>(
         reduce(dtype, op, &sources, buffer);
         return Ok(x);
     }
-    for chunk in buffer.chunks_mut(DATA_BYTES) {
-        x = all_reduce_chunk(x, chunk, dtype, op)?;
-    }
-    Ok(x)
+    all_reduce_sections(x, buffer, dtype, op)
 }
 
-/// Every rank reduces one section and passes it on to all.
-fn all_reduce_chunk<'a>(
+/// Every rank reduces one section of each chunk and passes it on to all.
+///
+/// ```text
+/// round    passed on                                     taken
+/// 0        terms of chunk 0                              -
+/// 1        terms of chunk 1, my section of the sum of 0  the other sections of 0
+/// …
+/// chunks   my section of the sum of the last chunk       the other sections of the last
+/// ```
+///
+/// The own section's place in a half is free for the sum, as nobody needs its term from there.
+fn all_reduce_sections<'a>(
     mut x: Exchange<'a>,
-    chunk: &mut [u8],
+    buffer: &mut [u8],
     dtype: DType,
     op: ReduceOp,
 ) -> Result<Exchange<'a>> {
-    let section_len = chunk.len().div_ceil(x.ranks()).next_multiple_of(LINE);
-    let section = |g: usize| part(chunk.len(), section_len, g);
-    let sections: Vec<_> = (0..x.ranks()).map(section).collect();
-    let (me, own) = (x.me(), sections[x.me()].clone());
-
-    let fill = x.fill();
-    fill[..own.start].copy_from_slice(&chunk[..own.start]);
-    fill[own.end..chunk.len()].copy_from_slice(&chunk[own.end..]);
-    x = x.cross()?;
-
-    let (peers, fill) = x.views();
-    let mut sources: Vec<&[u8]> = peers.into_iter().map(|peer| &peer[own.clone()]).collect();
-    sources[me] = &chunk[own.clone()];
-    reduce(dtype, op, &sources, &mut fill[own.clone()]);
-    // Now, while it is in this core's cache.
-    chunk[own.clone()].copy_from_slice(&fill[own]);
-    x = x.cross()?;
-
-    for g in x.others() {
-        chunk[sections[g].clone()].copy_from_slice(&x.peer(g)[sections[g].clone()]);
+    let (me, ranks, region) = (x.me(), x.ranks(), region_len(x.ranks()));
+    let chunk_len = region * ranks;
+    let n_chunks = rounds(buffer.len(), chunk_len);
+    // Where section `g` of a chunk lies in the buffer.
+    let section = |chunk: usize, g: usize, len: usize| {
+        let chunk = part(len, chunk_len, chunk);
+        let section_len = chunk.len().div_ceil(ranks).next_multiple_of(LINE);
+        let section = part(chunk.len(), section_len, g);
+        chunk.start + section.start..chunk.start + section.end
+    };
+    for round in 0..=n_chunks {
+        if round > 0 {
+            let own = section(round - 1, me, buffer.len());
+            let (peers, fill) = x.views();
+            let mut sources: Vec<&[u8]> =
+                peers.into_iter().map(|peer| &peer[me * region..][..own.len()]).collect();
+            sources[me] = &buffer[own.clone()];
+            let sum = &mut fill[me * region..][..own.len()];
+            reduce(dtype, op, &sources, sum);
+            // Now, while it is in this core's cache.
+            buffer[own].copy_from_slice(sum);
+        }
+        for g in x.others().filter(|_| round < n_chunks) {
+            let term = section(round, g, buffer.len());
+            x.fill()[g * region..][..term.len()].copy_from_slice(&buffer[term]);
+        }
+        x = x.cross()?;
+        for g in x.others().filter(|_| round > 0) {
+            let sum = section(round - 1, g, buffer.len());
+            buffer[sum.clone()].copy_from_slice(&x.peer(g)[g * region..][..sum.len()]);
+        }
     }
     Ok(x)
 }
@@ -86,7 +106,8 @@ pub(super) fn all_gather<'a>(
     counts: &[usize],
     output: &mut [&mut [u8]],
 ) -> Result<Exchange<'a>> {
-    let (starts, mut output) = (offsets(counts), Sink::new(output));
+    let copy_out = copier(counts.iter().sum());
+    let (starts, mut output) = (offsets(counts), Sink::copying(output, copy_out));
     for round in 0..rounds(longest(counts), DATA_BYTES) {
         let own = part(input.len(), DATA_BYTES, round);
         x.fill()[..own.len()].copy_from_slice(&input[own.clone()]);
@@ -163,8 +184,8 @@ pub(super) fn all_to_all<'a>(
     longest: usize,
 ) -> Result<Exchange<'a>> {
     let (from, to, region) = (offsets(send), offsets(receive), region_len(x.ranks()));
-    let me = x.me();
-    output[to[me]..][..receive[me]].copy_from_slice(&input[from[me]..][..send[me]]);
+    let (me, copy_out) = (x.me(), copier(output.len()));
+    copy_out(&input[from[me]..][..send[me]], &mut output[to[me]..][..receive[me]]);
     for round in 0..rounds(longest, region) {
         for g in x.others() {
             let chunk = part(send[g], region, round);
@@ -173,7 +194,7 @@ pub(super) fn all_to_all<'a>(
         x = x.cross()?;
         for g in x.others() {
             let chunk = part(receive[g], region, round);
-            output[to[g]..][chunk.clone()].copy_from_slice(&x.peer(g)[me * region..][..chunk.len()]);
+            copy_out(&x.peer(g)[me * region..][..chunk.len()], &mut output[to[g]..][chunk]);
         }
     }
     Ok(x)
