@@ -174,15 +174,18 @@ fn a_unit_that_runs_twice_and_one_that_the_loss_does_not_reach_are_fine() {
 
 #[test]
 fn a_parameter_touched_while_freed_is_an_error_not_a_number() {
-    let fsdp_mesh = DeviceMesh::new(&ProcessGroup::single(), DeviceType::Cpu, &[1], &[]).unwrap();
-    let builder = FsdpBuilder::new(&fsdp_mesh, config(ShardingStrategy::FullShard, &["net"])).unwrap();
-    let net = linear(2, 2, builder.var_builder().pp("net")).unwrap();
-    let wrapped = builder.wrap("net", net.clone()).unwrap();
-    let fsdp = builder.build().unwrap();
-    let x = Tensor::ones((1, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
-    assert!(net.forward(&x).is_err(), "before the unit runs");
-    fsdp.forward(&[&x], || wrapped.forward(&x)).unwrap();
-    assert!(net.forward(&x).is_err(), "after the unit ran");
+    // One rank frees nothing between forward and backward.
+    ranks(2, |world| {
+        let mesh = mesh(&world, ShardingStrategy::FullShard);
+        let builder = FsdpBuilder::new(&mesh, config(ShardingStrategy::FullShard, &["net"])).unwrap();
+        let net = linear(2, 2, builder.var_builder().pp("net")).unwrap();
+        let wrapped = builder.wrap("net", net.clone()).unwrap();
+        let fsdp = builder.build().unwrap();
+        let x = Tensor::ones((1, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
+        assert!(net.forward(&x).is_err(), "before the unit runs");
+        fsdp.forward(&[&x], || wrapped.forward(&x)).unwrap();
+        assert!(net.forward(&x).is_err(), "after the unit ran");
+    });
 }
 
 #[test]
