@@ -28,7 +28,7 @@ mod work;
 #[cfg(feature = "test-faults")]
 #[doc(hidden)]
 pub use backend::faulted::{FaultHook, FaultSite, set_fault_hook};
-pub use backend::local::prefer_huge_pages;
+pub use backend::local::{copy_past_caches, prefer_huge_pages};
 pub use device_mesh::{DeviceMesh, DeviceType};
 pub use dtype::{DType, Element};
 pub use env::RankEnv;

@@ -1,6 +1,7 @@
 //! One thread's copying: byte runs of items, cut at verified blocks, into the bytes of a box.
 
 use sconce_dtensor::TensorBox;
+use sconce_mesh::copy_past_caches;
 
 use super::blocks::{Marks, Verified};
 use super::runs::{ItemRuns, ReadRun};
@@ -25,6 +26,9 @@ impl Own<'_> {
         runs.blocks().any(|block| self.alone.contains(runs.file(), block) || !is_other(block))
     }
 }
+
+/// Pieces of this length on are copied past the caches: what is loaded is larger than these are.
+const LONG_PIECE: usize = 64 << 10;
 
 /// One thread's copying.
 pub(super) struct Copier<'r> {
@@ -81,7 +85,12 @@ impl<'r> Copier<'r> {
             let bytes = verified.block(run.file, block, &metadata.files[run.file], data)?;
             let from = (piece.offset_bytes % crate::BLOCK_BYTES) as usize;
             *has_written = true;
-            to[part(&piece)].copy_from_slice(&bytes[from..from + piece.len_bytes]);
+            let (from, to) = (&bytes[from..from + piece.len_bytes], &mut to[part(&piece)]);
+            if piece.len_bytes >= LONG_PIECE {
+                copy_past_caches(from, to)
+            } else {
+                to.copy_from_slice(from)
+            }
             Ok(())
         })?;
         own.checked.unmarked(run, |piece| {

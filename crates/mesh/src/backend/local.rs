@@ -22,6 +22,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub(crate) use self::bootstrap::Offer;
+pub use self::copy::copy_past_caches;
 pub(crate) use self::exchange::Endpoint;
 use self::ffi::Mapping;
 pub use self::ffi::prefer_huge_pages;

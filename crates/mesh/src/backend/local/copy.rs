@@ -8,12 +8,18 @@ const STREAMED: usize = 8 << 20;
 
 /// How the parts of a result of `len` bytes in all are copied to their places.
 pub(super) fn copier(len: usize) -> fn(&[u8], &mut [u8]) {
-    if len >= STREAMED { stream } else { |from, to| to.copy_from_slice(from) }
+    if len >= STREAMED { copy_past_caches } else { |from, to| to.copy_from_slice(from) }
 }
 
-/// Copies by stores that do not read the destination into a cache first, which is a third of what an ordinary copy moves.
+/// Copies `from` to `to`, of equal length, by stores that do not read the destination into a cache first, which is a third of
+/// what an ordinary copy moves.
+///
+/// For what is too long to be in a cache still when someone looks at it; on processors other than x86-64 an ordinary copy.
+///
+/// # Panics
+/// The lengths differ.
 #[cfg(target_arch = "x86_64")]
-fn stream(from: &[u8], to: &mut [u8]) {
+pub fn copy_past_caches(from: &[u8], to: &mut [u8]) {
     use std::arch::x86_64::{__m128i, _mm_sfence, _mm_stream_si128};
     const LINE: usize = 64;
     const VECTOR: usize = size_of::<__m128i>();
@@ -41,8 +47,12 @@ fn stream(from: &[u8], to: &mut [u8]) {
     to_tail.copy_from_slice(from_tail);
 }
 
+/// Copies `from` to `to`, of equal length.
+///
+/// # Panics
+/// The lengths differ.
 #[cfg(not(target_arch = "x86_64"))]
-fn stream(from: &[u8], to: &mut [u8]) {
+pub fn copy_past_caches(from: &[u8], to: &mut [u8]) {
     to.copy_from_slice(from);
 }
 
@@ -56,7 +66,7 @@ mod tests {
         for start in 0..70 {
             for len in [0, 1, 15, 63, 64, 65, 127, 128, 200, 777] {
                 let mut to = vec![0xee; 1000];
-                stream(&from[7..7 + len], &mut to[start..start + len]);
+                copy_past_caches(&from[7..7 + len], &mut to[start..start + len]);
                 assert_eq!(to[start..start + len], from[7..7 + len], "{len} bytes from {start}");
                 assert!(to[..start].iter().chain(&to[start + len..]).all(|byte| *byte == 0xee));
             }
