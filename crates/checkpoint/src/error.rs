@@ -6,6 +6,7 @@ use sconce_dtensor::DType;
 use sconce_mesh::Rank;
 use serde::{Deserialize, Serialize};
 
+use crate::metadata::{BLOCK_BYTES, Metadata};
 use crate::series::Skipped;
 
 /// Result of this crate's operations.
@@ -85,7 +86,7 @@ pub enum Error {
     },
 
     /// Bytes that are not what was saved.
-    #[error("{path}: {what} at byte {offset_bytes} is damaged: expected {expected}, got {got}", path = path.display())]
+    #[error("{path}: {what} at byte {offset_bytes} is damaged: expected {expected}, got {got}{}", held(fqns), path = path.display())]
     Corrupt {
         /// The file.
         path: PathBuf,
@@ -93,6 +94,8 @@ pub enum Error {
         what: String,
         /// Where it begins in the file.
         offset_bytes: u64,
+        /// Tensors of which a part lies there, if it is a block of data.
+        fqns: Vec<String>,
         /// What it should be.
         expected: String,
         /// What it is.
@@ -294,6 +297,17 @@ impl Error {
         }
     }
 
+    /// A damaged block with the names of the tensors in it; any other error as it is.
+    pub(crate) fn naming_tensors(mut self, metadata: &Metadata) -> Self {
+        if let Error::Corrupt { path, what, offset_bytes, fqns, .. } = &mut self
+            && what.starts_with("block ")
+            && let Some(file) = metadata.files.iter().position(|file| path.ends_with(&file.name))
+        {
+            *fqns = metadata.names_within(file, *offset_bytes..offset_bytes.saturating_add(BLOCK_BYTES));
+        }
+        self
+    }
+
     pub(crate) fn refused(path: &Path, offset_bytes: u64, what: impl Into<String>) -> Self {
         Error::Refused { path: path.to_owned(), offset_bytes, what: what.into() }
     }
@@ -310,6 +324,17 @@ impl Error {
     pub(crate) fn dtypes(fqn: &str, expected: DType, got: DType) -> Self {
         let (expected, got) = (expected.to_string(), got.to_string());
         Error::DTypeMismatch { fqn: fqn.to_owned(), expected, got }
+    }
+}
+
+/// The tensors of a damaged block, as far as a line can name them.
+fn held(fqns: &[String]) -> String {
+    const NAMED: usize = 8;
+    let more = fqns.len().saturating_sub(NAMED);
+    match (fqns, more) {
+        ([], _) => String::new(),
+        (all, 0) => format!("; it holds {}", all.join(", ")),
+        (all, more) => format!("; it holds {} and {more} more", all[..NAMED].join(", ")),
     }
 }
 
@@ -330,6 +355,23 @@ fn list_skipped(skipped: &[Skipped]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_damaged_block_names_what_it_holds_but_not_without_end() {
+        let error = |n: usize| Error::Corrupt {
+            path: "a/b".into(),
+            what: "block 1".into(),
+            offset_bytes: 1 << 20,
+            fqns: (0..n).map(|nth| format!("t{nth}")).collect(),
+            expected: "x".into(),
+            got: "y".into(),
+        };
+        let told = "a/b: block 1 at byte 1048576 is damaged: expected x, got y";
+        assert_eq!(error(0).to_string(), told);
+        assert_eq!(error(2).to_string(), format!("{told}; it holds t0, t1"));
+        let named = "t0, t1, t2, t3, t4, t5, t6, t7";
+        assert_eq!(error(10).to_string(), format!("{told}; it holds {named} and 2 more"));
+    }
 
     #[test]
     fn an_error_is_the_same_on_the_other_side() {

@@ -1,5 +1,6 @@
 //! Metadata: what a checkpoint holds and where. Values only; how they lie in the manifest is `format::manifest`.
 
+use std::ops::Range;
 use std::path::Path;
 
 use sconce_dtensor::{DType, TensorBox};
@@ -74,6 +75,18 @@ impl Metadata {
     /// The position in `tensors` of the tensor of that name.
     pub fn position(&self, fqn: &str) -> Option<usize> {
         self.tensors.binary_search_by(|tensor| tensor.fqn.as_str().cmp(fqn)).ok()
+    }
+
+    /// The tensors of which a part lies in a range of a file.
+    pub(crate) fn names_within(&self, file: usize, range: Range<u64>) -> Vec<String> {
+        let is_there = |tensor: &&TensorStorageMetadata| {
+            tensor.chunks.iter().any(|chunk| {
+                let len = (chunk.bounds.numel() * tensor.dtype.size_bytes()) as u64;
+                let end = chunk.offset_bytes.saturating_add(len);
+                chunk.file == file && chunk.offset_bytes < range.end && end > range.start
+            })
+        };
+        self.tensors.iter().filter(is_there).map(|tensor| tensor.fqn.clone()).collect()
     }
 
     /// A number that two checkpoints share only by chance: of the files' checksums, of what lies where

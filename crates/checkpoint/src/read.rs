@@ -129,7 +129,8 @@ impl<'p> Reads<'p> {
         let mut blocks = division.alone.iter().chain(division.shared[me].iter().copied());
         blocks.try_for_each(|(file, block)| {
             let data = open_file(&self.files, file);
-            verified.block(file, block, &self.metadata.files[file], data).map(drop)
+            let outcome = verified.block(file, block, &self.metadata.files[file], data).map(drop);
+            outcome.map_err(|error| error.naming_tensors(self.metadata))
         })
     }
 
@@ -176,7 +177,7 @@ impl<'p> Reads<'p> {
         let outcome =
             targets::run(&Copying { reads: self, own, overwritten: &written }, jobs, ranks.threads());
         *overwritten = written.into_inner().unwrap_or_else(PoisonError::into_inner);
-        outcome
+        outcome.map_err(|error| error.naming_tensors(self.metadata))
     }
 
     /// What ranks read for each other.
@@ -193,7 +194,7 @@ impl<'p> Reads<'p> {
         let exchange = Exchange::prepare(self, (group, ranks), division, &takers)?;
         let outcome = exchange.run(&mut takers, outcome);
         overwritten.extend(takers.written().map(str::to_owned));
-        outcome
+        outcome.map_err(|error| error.naming_tensors(self.metadata))
     }
 }
 

@@ -106,6 +106,7 @@ impl Metadata {
                     path: at.to_owned(),
                     what: format!("checksums of {}", file.name),
                     offset_bytes: 0,
+                    fqns: Vec::new(),
                     expected: format!("one of each of {expected} blocks"),
                     got: format!("{}", got.unwrap_or(0)),
                 });
@@ -123,6 +124,7 @@ impl Metadata {
                         path: at.to_owned(),
                         what: format!("box {} of {}", chunk.bounds, tensor.fqn),
                         offset_bytes: chunk.offset_bytes,
+                        fqns: Vec::new(),
                         expected: format!("a box of {:?} inside its file", tensor.shape),
                         got: "one outside".to_owned(),
                     });

@@ -155,7 +155,8 @@ impl MappedCheckpoint {
         in_parallel(&unseen, |block| {
             let start = block as u64 * BLOCK_BYTES;
             let end = (start + BLOCK_BYTES).min(meta.len_bytes);
-            check_block(meta, block, &bytes[start as usize..end as usize], mapped.file.path())?;
+            check_block(meta, block, &bytes[start as usize..end as usize], mapped.file.path())
+                .map_err(|error| error.naming_tensors(&self.metadata))?;
             mapped.is_verified[block].store(true, Ordering::Release);
             Ok(())
         })?;

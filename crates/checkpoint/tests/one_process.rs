@@ -252,8 +252,9 @@ fn one_flipped_bit_names_file_and_block() {
 
 #[track_caller]
 fn check_damage(error: Error, file: &Path, block: u64) {
-    let Error::Corrupt { path, what, offset_bytes, .. } = error else { panic!("{error}") };
+    let Error::Corrupt { path, what, offset_bytes, fqns, .. } = error else { panic!("{error}") };
     assert_eq!((&*path, what, offset_bytes), (file, format!("block {block}"), block * BLOCK_BYTES));
+    assert_eq!(fqns, ["t"]);
 }
 
 #[test]

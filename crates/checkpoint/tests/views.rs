@@ -108,8 +108,9 @@ fn a_damaged_block_is_named_and_tensors_in_others_are_lent() {
     let mapped = open(&path).unwrap();
     for _ in 0..2 {
         let error = mapped.tensor("model.w").unwrap_err();
-        let Error::Corrupt { path, what, offset_bytes, .. } = &error else { panic!("{error}") };
+        let Error::Corrupt { path, what, offset_bytes, fqns, .. } = &error else { panic!("{error}") };
         assert_eq!((path, what.as_str(), *offset_bytes), (&file, "block 1", 1 << 20));
+        assert!(fqns.iter().any(|fqn| fqn == "model.w"), "{fqns:?}");
     }
     assert!(mapped.state().is_err());
     assert_eq!(mapped.tensor("bias").unwrap().bytes().unwrap(), [7, 8, 9]);

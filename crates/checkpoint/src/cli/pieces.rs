@@ -196,7 +196,7 @@ struct Piece;
 impl LoadPlanner for Piece {
     fn local_plan(&mut self, state: &StateDict<'_>, metadata: &Metadata) -> Result<LoadPlan> {
         let tensors = state.flat_tensors().map_err(|e| Error::tensor("", &e))?;
-        let (Some((fqn, tensor)), Some(saved)) = (tensors.first(), metadata.tensors.first()) else {
+        let (Some((fqn, tensor)), Some(saved)) = (tensors.iter().next(), metadata.tensors.first()) else {
             return Ok(LoadPlan::default());
         };
         let mut items = Vec::new();

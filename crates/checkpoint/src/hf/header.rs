@@ -157,6 +157,7 @@ fn damaged(file: &Region, got: String) -> Error {
         path: file.owned_path(),
         what: "a safetensors header".to_owned(),
         offset_bytes: file.start(),
+        fqns: Vec::new(),
         expected: "tensors that lie in the file".to_owned(),
         got,
     }

@@ -98,6 +98,7 @@ impl Reader {
             path: index.to_owned(),
             what: "the index".to_owned(),
             offset_bytes: 0,
+            fqns: Vec::new(),
             expected: "JSON with a weight_map".to_owned(),
             got: e.to_string(),
         })?;
@@ -219,6 +220,7 @@ fn nested(path: &Path, json: &str, tensors: &[TensorStorageMetadata]) -> Result<
         path: path.to_owned(),
         what: TREE_KEY.to_owned(),
         offset_bytes: 0,
+        fqns: Vec::new(),
         expected: "a tree of the tensors of these files".to_owned(),
         got,
     };

@@ -218,6 +218,7 @@ pub(crate) fn check_block(meta: &FileMetadata, block: usize, bytes: &[u8], path:
         path: path.to_owned(),
         what: format!("block {block}"),
         offset_bytes: block as u64 * BLOCK_BYTES,
+        fqns: Vec::new(),
         expected: expected.map_or("no such block".to_owned(), |crc| format!("CRC32 {crc:08x}")),
         got: format!("CRC32 {got:08x}"),
     })

@@ -131,6 +131,7 @@ pub(crate) fn of_fault(pickle: &Region, fault: Fault) -> Error {
         path: pickle.owned_path(),
         what: "a pickle".to_owned(),
         offset_bytes,
+        fqns: Vec::new(),
         expected: "what torch writes".to_owned(),
         got: fault.what,
     }

@@ -163,6 +163,7 @@ fn damaged(region: &Region, at: u64, got: &str) -> Error {
         path: region.owned_path(),
         what: "an archive of torch.save".to_owned(),
         offset_bytes: region.start() + at,
+        fqns: Vec::new(),
         expected: "zip records".to_owned(),
         got: got.to_owned(),
     }

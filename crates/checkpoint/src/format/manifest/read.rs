@@ -192,6 +192,7 @@ impl Damage<'_> {
             path,
             what: format!("section {what}"),
             offset_bytes,
+            fqns: Vec::new(),
             expected: expected.to_owned(),
             got,
         }

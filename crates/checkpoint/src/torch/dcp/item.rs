@@ -176,6 +176,7 @@ fn decompressed(region: Region, place: &Place, limit: u64) -> Result<Region> {
         path: path.clone(),
         what: "a zstd stream".to_owned(),
         offset_bytes: place.offset_bytes,
+        fqns: Vec::new(),
         expected: format!("at most {limit} bytes"),
         got,
     };

@@ -166,6 +166,7 @@ fn of_wrong(path: &Path, wrong: metadata::Wrong) -> Error {
         path: path.to_owned(),
         what: "torch's metadata".to_owned(),
         offset_bytes: 0,
+        fqns: Vec::new(),
         expected: "Metadata of torch.distributed.checkpoint".to_owned(),
         got: wrong.what,
     }
@@ -312,10 +313,15 @@ impl std::fmt::Display for Step {
     }
 }
 
+/// Items of lists that nothing is known of, in a whole tree: a few bytes that speak of item 10^12 are not believed.
+const MAX_HOLES: usize = 100_000;
+
 /// Where the entries of each map of a tree are: maps have many entries.
 #[derive(Default)]
 struct Index {
     places: HashMap<Vec<Step>, usize>,
+    /// Items of lists that stay `None`, as torch leaves them: its flattening loses items without entries.
+    holes: usize,
 }
 
 impl Index {
@@ -336,12 +342,16 @@ impl Index {
                     &mut entries[place].1
                 }
                 (Node::List(items), Step::Index(nth)) => {
-                    // Lists come in order; one with a hole would cost what a lie says.
-                    if *nth > items.len() {
+                    let holes = nth.saturating_sub(items.len());
+                    if holes > MAX_HOLES - self.holes {
                         return Err(format!("item {nth} of a list of which {} are known", items.len()));
                     }
+                    self.holes += holes;
+                    items.resize(items.len().max(*nth), Node::None);
                     if *nth == items.len() {
                         items.push(next);
+                    } else if items[*nth] == Node::None {
+                        items[*nth] = next;
                     }
                     &mut items[*nth]
                 }
@@ -359,4 +369,21 @@ pub(super) fn fuzz_tree(decoded: &DcpMetadata) -> std::result::Result<(), metada
     let value = |(fqn, _): &(String, Place)| (fqn.clone(), Node::None);
     let built = tree(decoded, decoded.values.iter().map(value).collect());
     built.map(drop).map_err(|what| metadata::Wrong { what, refused: true })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn items_that_torch_lost_are_none_and_a_list_of_holes_is_refused() {
+        let path = |nth| [Step::Key("l".to_owned()), Step::Index(nth)];
+        let (mut root, mut index) = (Node::Map(Vec::new()), Index::default());
+        index.insert(&mut root, &path(2), Node::Int(7)).unwrap();
+        index.insert(&mut root, &path(1), Node::Tensor).unwrap();
+        let list = Node::List(vec![Node::None, Node::Tensor, Node::Int(7)]);
+        assert_eq!(root, Node::Map(vec![("l".to_owned(), list)]));
+        let refused = index.insert(&mut root, &path(1 << 40), Node::Int(1));
+        assert_eq!(refused, Err("item 1099511627776 of a list of which 3 are known".to_owned()));
+    }
 }
