@@ -10,7 +10,8 @@ use crate::{Error, Result};
 /// `torch.distributed.fsdp.ShardingStrategy`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum ShardingStrategy {
-    /// Everything sharded over a 1-D mesh; parameters freed after forward and gathered again for backward.
+    /// Everything sharded over a 1-D mesh; parameters freed after forward and gathered again for backward. A mesh of one
+    /// rank keeps them until then, as torch does, which takes `NO_SHARD` there.
     #[default]
     FullShard,
     /// As `FullShard`, but parameters stay gathered from forward to the end of backward.

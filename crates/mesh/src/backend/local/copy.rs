@@ -2,8 +2,8 @@
 
 #![allow(unsafe_code, reason = "stores past the caches are intrinsics on pointers")]
 
-/// Results of this length on are copied past the caches. Of 2 ranks with 16 MiB and 4 with 4 MiB none is still there when
-/// the caller looks at it.
+/// Results of this length on are copied past the caches: with those of the other ranks they fill the last level, so that
+/// little is still there when the caller looks at it.
 const STREAMED: usize = 8 << 20;
 
 /// How the parts of a result of `len` bytes in all are copied to their places.
