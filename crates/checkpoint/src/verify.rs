@@ -35,7 +35,8 @@ pub fn verify(path: impl AsRef<Path>) -> Result<VerifyReport> {
 pub fn verify_from(reader: &dyn StorageReader) -> Result<VerifyReport> {
     let metadata = reader.read_metadata()?;
     let data_bytes = metadata.files.iter().map(|file| file.len_bytes).sum();
-    let damage = metadata.files.iter().flat_map(|file| file_damage(reader, file)).collect();
+    let damage = metadata.files.iter().flat_map(|file| file_damage(reader, file));
+    let damage = damage.map(|error| error.naming_tensors(&metadata)).collect();
     Ok(VerifyReport { n_files: metadata.files.len(), data_bytes, damage })
 }
 

@@ -45,6 +45,8 @@ const LAYERS: usize = 8;
 const ROWS: usize = 32;
 const BATCH: usize = 4;
 const VOCABULARY: usize = 96;
+/// 61 MiB.
+const UNIT_NUMEL: usize = 16_000_000;
 
 fn main() {
     die_with_parent().unwrap();
@@ -74,6 +76,12 @@ fn rank() {
     sharded(&world, "mlp", "", &fsdp, &mut || mlp_loss(&model));
     let (model, fsdp) = transformer(&world);
     sharded(&world, "transformer", "", &fsdp, &mut || transformer_loss(&model));
+    for n_params in [1, 400] {
+        let (unit, fsdp) = unit_of(&world, n_params);
+        let zero = Tensor::zeros((), DType::F32, &Device::Cpu).unwrap();
+        let prefix = format!("{n_params} parameter{} ", if n_params == 1 { "" } else { "s" });
+        sharded(&world, "unit", &prefix, &fsdp, &mut || unit.forward(&zero).unwrap());
+    }
 }
 
 /// The multilayer perceptron of plain candle with candle's own optimizer.
@@ -129,6 +137,24 @@ fn mlp_loss(layers: &Layers) -> Tensor {
 
 fn rows() -> Tensor {
     noise(ROWS * WIDTH).reshape((ROWS, WIDTH)).unwrap()
+}
+
+/// A sum of parameters, the cheapest that gives each a gradient.
+struct Sum(Vec<Tensor>);
+
+impl Module for Sum {
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        self.0.iter().try_fold(x.clone(), |sum, param| sum + param.sum_all()?)
+    }
+}
+
+/// One unit of `UNIT_NUMEL` elements in as many parameters.
+fn unit_of(world: &ProcessGroup, n_params: usize) -> (Box<dyn Module>, Fsdp) {
+    let builder = builder(world, WrapPolicy::Prefixes(vec!["unit".to_owned()]));
+    let vb = builder.var_builder().pp("unit");
+    let param = |nth: usize| vb.get(UNIT_NUMEL / n_params, &nth.to_string()).unwrap();
+    let unit = builder.wrap("unit", Sum((0..n_params).map(param).collect())).unwrap();
+    (Box::new(unit), builder.build().unwrap())
 }
 
 fn transformer(world: &ProcessGroup) -> (Transformer, Fsdp) {

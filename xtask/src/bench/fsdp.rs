@@ -34,6 +34,12 @@ fn parse(text: &str) -> Figures {
     text.lines().filter_map(line).collect()
 }
 
+/// What a figure is a part of: plain candle's, and of a unit of many parameters that of one.
+fn plain(what: &str, kind: &str) -> String {
+    let lead = if what.contains("parameters") { "1 parameter" } else { "plain" };
+    format!("{lead} {kind}")
+}
+
 /// Torch's figure of a kind (`passes`, `step`) stands beside all of ours of that kind.
 fn table(ours: &Figures, torch: &Figures) -> Table {
     let mut table = Table::new(["ranks", "model", "what", "sconce", "of plain", "torch", "of torch"]);
@@ -48,7 +54,7 @@ fn table(ours: &Figures, torch: &Figures) -> Table {
             Cell::Text(model.clone()),
             Cell::Text(what.clone()),
             Cell::Seconds(*seconds),
-            share(beside(ours, &format!("plain {kind}"))),
+            share(beside(ours, &plain(what, kind))),
             torch.map_or(Cell::None, Cell::Seconds),
             share(torch),
         ]);
@@ -59,6 +65,12 @@ fn table(ours: &Figures, torch: &Figures) -> Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn many_parameters_are_compared_with_one_and_all_else_with_plain_candle() {
+        assert_eq!(plain("400 parameters step", "step"), "1 parameter step");
+        assert_eq!(plain("unmodified passes", "passes"), "plain passes");
+    }
 
     #[test]
     fn figures_are_read_and_other_lines_left_out() {
