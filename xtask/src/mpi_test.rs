@@ -3,6 +3,7 @@
 
 mod hosts;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -57,7 +58,7 @@ pub(crate) fn run() -> Result<(), String> {
     let killed = if mpirun.ulfm { survivors() } else { Expected::Ended };
     mpirun.job("a rank is killed", &cases, &[KILLED], &apart, killed)?;
     let sums = Expected::Lines(RANKS, "rank");
-    mpirun.run("the example `ranks`", mpirun.plain(&example), sums)?;
+    mpirun.run("the example `ranks`", mpirun.plain(&example)?, sums)?;
     on_two_hosts(&mpirun, &cases, &rest, well())
 }
 
@@ -103,10 +104,10 @@ impl Mpirun {
         command
     }
 
-    fn plain(&self, program: &Path) -> Command {
+    fn plain(&self, program: &Path) -> Result<Command, String> {
         let mut command = self.command();
-        command.args(["-n", &RANKS.to_string()]).arg(program);
-        command
+        command.args(["-n", &RANKS.to_string()]).arg(logged()?).arg(program);
+        Ok(command)
     }
 
     /// Runs cases with one rank on each of the hosts that are only names: ranks of one name share memory.
@@ -119,12 +120,13 @@ impl Mpirun {
         expected: Expected,
     ) -> Result<(), String> {
         let mut command = self.command();
+        let logged = logged()?;
         for (nth, host) in hosts.iter().enumerate() {
             command
                 .args((nth > 0).then_some(":"))
                 .args(["-n", "1", "-x"])
                 .arg(format!("SCONCE_HOST_ID={host}"));
-            command.arg(cases).args(CASE_ARGUMENTS).args(arguments);
+            command.arg(&logged).arg(cases).args(CASE_ARGUMENTS).args(arguments);
         }
         self.run(what, command, expected)
     }
@@ -132,10 +134,11 @@ impl Mpirun {
     fn run(&self, what: &str, mut command: Command, expected: Expected) -> Result<(), String> {
         println!("\n==> mpi-test: {what}");
         let started = Instant::now();
-        let log = work_dir()?.join("job.log");
-        let file = std::fs::File::create(&log).map_err(|e| format!("{}: {e}", log.display()))?;
-        let errors = file.try_clone().map_err(|e| format!("{}: {e}", log.display()))?;
-        let child = command.current_dir(root()).stdin(Stdio::null()).stdout(file).stderr(errors);
+        for rank in 0..RANKS {
+            let log = rank_log(rank)?;
+            std::fs::write(&log, "").map_err(|e| format!("{}: {e}", log.display()))?;
+        }
+        let child = command.current_dir(root()).stdin(Stdio::null());
         let mut child = child.spawn().map_err(|e| format!("{command:?}: {e}"))?;
         let status = loop {
             match child.try_wait().map_err(|e| format!("mpirun: {e}"))? {
@@ -148,13 +151,19 @@ impl Mpirun {
             // What it has started ends with it. It may have ended by itself meanwhile.
             let _ended = child.kill().and_then(|()| child.wait());
         }
-        let output = std::fs::read_to_string(&log).map_err(|e| format!("{}: {e}", log.display()))?;
+        let mut outputs = Vec::with_capacity(RANKS);
+        for rank in 0..RANKS {
+            let log = rank_log(rank)?;
+            outputs.push(std::fs::read_to_string(&log).map_err(|e| format!("{}: {e}", log.display()))?);
+        }
         let complaint = match status {
             None => Some(format!("still ran after {LIMIT:?}")),
-            Some(status) => expected.complaint(status.success(), &output),
+            Some(status) => expected.complaint(status.success(), &outputs),
         };
         if let Some(complaint) = complaint {
-            println!("{output}");
+            for (rank, output) in outputs.iter().enumerate() {
+                println!("--- rank {rank}\n{output}");
+            }
             return Err(format!("{what}: {complaint}"));
         }
         println!("==> {:.0} s", started.elapsed().as_secs_f64());
@@ -174,28 +183,31 @@ const OPTIONS: [&str; 7] = [
 ];
 
 impl Expected {
-    fn complaint(&self, success: bool, output: &str) -> Option<String> {
+    /// What is wrong with a job that ended like this, its ranks having printed these texts.
+    fn complaint(&self, success: bool, outputs: &[String]) -> Option<String> {
         match self {
             Expected::Ended if success => Some("ended well, though a rank was killed".to_owned()),
             Expected::Ended => None,
             Expected::Lines(n, word) => {
-                let got = output.matches(&format!("{word} ")).count();
-                let lines = output.lines().filter(|line| line.contains(&format!("{word} "))).count();
-                (lines < *n || got < *n).then(|| format!("expected {n} lines of a {word}, got {lines}"))
+                let word = format!("{word} ");
+                let of_the_word =
+                    |output: &String| output.lines().filter(|line| line.contains(&word)).count();
+                let lines: usize = outputs.iter().map(of_the_word).sum();
+                (lines < *n).then(|| format!("expected {n} lines of a {word}, got {lines}"))
             }
             Expected::Passed(n) => {
-                let passed = passed(output);
-                let right = success && passed.len() == RANKS && passed.iter().all(|passed| passed >= n);
-                (!right).then(|| format!("expected {n} cases on {RANKS} ranks, got {passed:?}"))
+                let passed: Vec<_> = outputs.iter().map(|output| passed(output)).collect();
+                let right = success && passed.iter().all(|passed| passed.is_some_and(|passed| passed >= *n));
+                (!right).then(|| format!("expected {n} cases on each rank, got {passed:?}"))
             }
         }
     }
 }
 
-/// How many cases each rank passed, in no order.
-fn passed(output: &str) -> Vec<usize> {
-    let count = |text: &str| text.split(" passed; 0 failed").next().and_then(|n| n.trim().parse().ok());
-    output.split("ok. ").skip(1).filter(|text| text.contains(" passed; 0 failed")).filter_map(count).collect()
+/// How many cases a rank passed, if it passed all that it ran.
+fn passed(output: &str) -> Option<usize> {
+    let (before, _) = output.split_once(" passed; 0 failed")?;
+    before.rsplit_once("test result: ok. ")?.1.parse().ok()
 }
 
 /// Runs a build of Cargo and returns the executable that it made last.
@@ -217,6 +229,23 @@ fn built(arguments: &[&str]) -> Result<PathBuf, String> {
     path.map(PathBuf::from).ok_or_else(|| format!("cargo {} made no executable", arguments.join(" ")))
 }
 
+/// A program that runs the one it is given, with what that one prints in the file of its rank: the launcher would mix the
+/// ranks' lines.
+fn logged() -> Result<PathBuf, String> {
+    let path = work_dir()?.join("logged.sh");
+    let text = "#!/bin/sh\nexec \"$@\" >\"${0%/*}/rank-$OMPI_COMM_WORLD_RANK.log\" 2>&1\n";
+    let write = || {
+        std::fs::write(&path, text)?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))
+    };
+    write().map_err(|e| format!("{}: {e}", path.display()))?;
+    Ok(path)
+}
+
+fn rank_log(rank: usize) -> Result<PathBuf, String> {
+    Ok(work_dir()?.join(format!("rank-{rank}.log")))
+}
+
 fn work_dir() -> Result<PathBuf, String> {
     let dir = root().join("target/mpi-test");
     std::fs::create_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
@@ -229,16 +258,19 @@ mod tests {
 
     #[test]
     fn a_job_that_ran_nothing_or_on_fewer_ranks_has_not_passed() {
-        let line = "test result: ok. 6 passed; 0 failed; 0 ignored\n";
+        let line = "test result: ok. 6 passed; 0 failed; 0 ignored\n".to_owned();
+        let all = vec![line.clone(); RANKS];
         let passed = Expected::Passed(6);
-        assert_eq!(passed.complaint(true, &line.repeat(4)), None);
-        assert!(passed.complaint(false, &line.repeat(4)).is_some());
-        assert!(passed.complaint(true, &line.repeat(3)).is_some());
-        assert!(passed.complaint(true, &line.replace('6', "0").repeat(4)).is_some());
-        assert!(passed.complaint(true, "").is_some());
+        assert_eq!(passed.complaint(true, &all), None);
+        assert!(passed.complaint(false, &all).is_some());
+        let but_one = |text: String| [vec![line.clone(); RANKS - 1], vec![text]].concat();
+        assert!(passed.complaint(true, &but_one(String::new())).is_some());
+        assert!(passed.complaint(true, &but_one(line.replace('6', "0"))).is_some());
+        assert!(passed.complaint(true, &but_one(line.replace("ok.", "FAILED."))).is_some());
         let survivors = Expected::Lines(2, "survivor");
-        assert_eq!(survivors.complaint(false, "survivor 1: x\ntest y ... survivor 0: x\n"), None);
-        assert!(survivors.complaint(true, "survivor 1: x\n").is_some());
-        assert!(Expected::Ended.complaint(true, "").is_some());
+        let two = ["survivor 1: x\n", "test y ... survivor 0: x\n", ""].map(str::to_owned);
+        assert_eq!(survivors.complaint(false, &two), None);
+        assert!(survivors.complaint(true, &two[..1]).is_some());
+        assert!(Expected::Ended.complaint(true, &all).is_some());
     }
 }

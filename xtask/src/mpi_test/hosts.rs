@@ -4,7 +4,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::{OPTIONS, work_dir};
+use super::{OPTIONS, logged, work_dir};
 
 /// The cable's network, of those that nobody routes (RFC 1918).
 const NETWORK: &str = "10.213.97.0/24";
@@ -61,10 +61,11 @@ impl TwoHosts {
         let [first, second] = ADDRESSES;
         let mpirun = format!(
             "mpirun {} --allow-run-as-root --mca plm_rsh_agent {} --mca btl tcp,self --mca btl_tcp_if_include {NETWORK} \
-             --mca oob_tcp_if_include {NETWORK} --host {first}:{ranks_each},{second}:{ranks_each} -n {} {} {}",
+             --mca oob_tcp_if_include {NETWORK} --host {first}:{ranks_each},{second}:{ranks_each} -n {} {} {} {}",
             OPTIONS.join(" "),
             agent.display(),
             2 * ranks_each,
+            logged()?.display(),
             program.display(),
             arguments.join(" ")
         );
