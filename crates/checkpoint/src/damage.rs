@@ -1,6 +1,7 @@
 //! Whether a checkpoint is whole: every byte read, every checksum compared, and what is damaged named.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -9,11 +10,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::metadata::{BLOCK_BYTES, FileMetadata, Metadata};
 #[cfg(feature = "torch")]
 use crate::region::Region;
-use crate::storage::StorageReader as _;
+use crate::storage::{PageBuffer, StorageReader as _};
 use crate::{Access, Error, FileSystemReader, Format, Result};
 
-/// What one thread reads at a time.
+/// Blocks that a thread takes at a time.
 const JOB_BLOCKS: usize = 4;
+/// What it reads at a time: its checksum is taken while it is in the core's cache.
+const STEP_BYTES: usize = 256 << 10;
 
 /// What [`find_damage`] found.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -72,7 +75,7 @@ pub fn find_damage(
     std::thread::scope(|scope| {
         for _ in 0..n_threads.clamp(1, jobs.len().max(1)) {
             scope.spawn(|| {
-                let mut buffer = Vec::new();
+                let mut buffer = PageBuffer::default();
                 while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let (checked, damages) = job.run(&mut buffer);
                     progress(checked);
@@ -108,7 +111,7 @@ struct Blocks {
 }
 
 impl Job {
-    fn run(&self, buffer: &mut Vec<u8>) -> (u64, Vec<Damage>) {
+    fn run(&self, buffer: &mut PageBuffer) -> (u64, Vec<Damage>) {
         match self {
             Job::Blocks(blocks) => blocks.run(buffer),
             #[cfg(feature = "torch")]
@@ -118,26 +121,34 @@ impl Job {
 }
 
 impl Blocks {
-    fn run(&self, buffer: &mut Vec<u8>) -> (u64, Vec<Damage>) {
-        let start = self.first as u64 * BLOCK_BYTES;
-        let len: usize = self.blocks.iter().map(|(_, len)| len).sum();
-        buffer.resize(len, 0);
-        if let Err(e) = self.file.read_exact_at(buffer, start) {
-            let what = Error::io("read", &self.path, &e).to_string();
-            return (0, vec![self.damage(start, start + len as u64, what)]);
-        }
-        let (mut at, mut damages) = (0, Vec::new());
+    fn run(&self, buffer: &mut PageBuffer) -> (u64, Vec<Damage>) {
+        let (mut checked, mut damages) = (0, Vec::new());
         for (nth, (expected, len)) in self.blocks.iter().enumerate() {
-            let got = crc32fast::hash(&buffer[at..at + len]);
-            if got != *expected {
-                let from = start + at as u64;
-                let block = self.first + nth;
-                let what = format!("block {block}: CRC32 {got:08x}, expected {expected:08x}");
-                damages.push(self.damage(from, from + *len as u64, what));
-            }
-            at += len;
+            let block = self.first + nth;
+            let start = block as u64 * BLOCK_BYTES;
+            let what = match self.crc_of(start..start + *len as u64, buffer) {
+                Ok(got) => {
+                    checked += *len as u64;
+                    (got != *expected)
+                        .then(|| format!("block {block}: CRC32 {got:08x}, expected {expected:08x}"))
+                }
+                Err(e) => Some(Error::io("read", &self.path, &e).to_string()),
+            };
+            damages.extend(what.map(|what| self.damage(start, start + *len as u64, what)));
         }
-        (len as u64, damages)
+        (checked, damages)
+    }
+
+    /// The checksum of a range of the file, taken of each step while it is in the cache.
+    fn crc_of(&self, mut range: Range<u64>, buffer: &mut PageBuffer) -> std::io::Result<u32> {
+        let mut crc = crc32fast::Hasher::new();
+        while !range.is_empty() {
+            let bytes = buffer.resized(STEP_BYTES.min((range.end - range.start) as usize));
+            self.file.read_exact_at(bytes, range.start)?;
+            crc.update(bytes);
+            range.start += bytes.len() as u64;
+        }
+        Ok(crc.finalize())
     }
 
     fn damage(&self, start: u64, end: u64, what: String) -> Damage {
@@ -225,15 +236,14 @@ impl Metadata {
 
 /// The checksum of a region, read in pieces.
 #[cfg(feature = "torch")]
-pub(crate) fn crc_of(region: &Region, buffer: &mut Vec<u8>) -> Result<u32> {
+pub(crate) fn crc_of(region: &Region, buffer: &mut PageBuffer) -> Result<u32> {
     let mut crc = crc32fast::Hasher::new();
     let mut at = 0;
     while at < region.len() {
-        let len = (region.len() - at).min(BLOCK_BYTES);
-        buffer.resize(len as usize, 0);
-        region.read(at, buffer)?;
-        crc.update(buffer);
-        at += len;
+        let bytes = buffer.resized((region.len() - at).min(STEP_BYTES as u64) as usize);
+        region.read(at, bytes)?;
+        crc.update(bytes);
+        at += bytes.len() as u64;
     }
     Ok(crc.finalize())
 }

@@ -8,6 +8,7 @@ mod local_file;
 pub(crate) mod lock;
 #[cfg(feature = "mmap")]
 mod mmap;
+pub(crate) mod pages;
 pub(crate) mod remove;
 pub(crate) mod shards;
 mod unchanged;
@@ -16,6 +17,7 @@ use sconce_dtensor::StateDict;
 
 pub use directory::{FileSystemReader, FileSystemWriter};
 pub use local_file::{Access, LocalFile};
+pub(crate) use pages::PageBuffer;
 
 use crate::metadata::{FileMetadata, Metadata};
 use crate::plan::{Layout, WritePlan, WrittenFile};

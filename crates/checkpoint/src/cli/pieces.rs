@@ -13,7 +13,7 @@ use crate::tree::Node;
 use crate::{Error, LoadOptions, LoadPlanner, Result, load_by};
 
 /// What is held of a tensor at a time.
-const PIECE_BYTES: usize = 8 << 20;
+const PIECE_BYTES: usize = 2 << 20;
 
 /// A checkpoint that was opened, and what it holds.
 pub(super) struct Source {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::runs::{ItemRuns, ReadRun};
 use crate::metadata::{BLOCK_BYTES, FileMetadata, Metadata};
-use crate::storage::DataFile;
+use crate::storage::{DataFile, PageBuffer};
 use crate::{Error, Result};
 
 /// A set of blocks. Files without checksums have none that could be in it.
@@ -140,7 +140,7 @@ struct Block {
     file: usize,
     block: usize,
     /// Empty if the file is mapped.
-    bytes: Vec<u8>,
+    bytes: PageBuffer,
 }
 
 /// Blocks that a thread keeps.
@@ -161,14 +161,14 @@ impl Verified {
         if let Some(at) = self.recent.iter().position(|kept| (kept.file, kept.block) == (file, block)) {
             self.recent[..=at].rotate_right(1);
         } else {
-            let mut bytes = if self.recent.len() < KEPT { Vec::new() } else { self.take_oldest() };
+            let mut bytes = if self.recent.len() < KEPT { PageBuffer::default() } else { self.take_oldest() };
             read_block(block, meta, data, &mut bytes)?;
             self.recent.insert(0, Block { file, block, bytes });
         }
         Ok(block_bytes(block, meta, data, &self.recent[0].bytes))
     }
 
-    fn take_oldest(&mut self) -> Vec<u8> {
+    fn take_oldest(&mut self) -> PageBuffer {
         self.recent.pop().unwrap_or_default().bytes
     }
 }
@@ -181,12 +181,11 @@ pub(super) fn read_block(
     block: usize,
     meta: &FileMetadata,
     data: &dyn DataFile,
-    buffer: &mut Vec<u8>,
+    buffer: &mut PageBuffer,
 ) -> Result<()> {
     if data.mapped().is_none() {
         let range = range_of(block, meta);
-        buffer.resize((range.end - range.start) as usize, 0);
-        data.read_at(range.start, buffer)?;
+        data.read_at(range.start, buffer.resized((range.end - range.start) as usize))?;
     }
     check_block(meta, block, block_bytes(block, meta, data, buffer), data.path())
 }
@@ -196,10 +195,10 @@ pub(super) fn block_bytes<'b>(
     block: usize,
     meta: &FileMetadata,
     data: &'b dyn DataFile,
-    buffer: &'b [u8],
+    buffer: &'b PageBuffer,
 ) -> &'b [u8] {
     let range = range_of(block, meta);
-    data.mapped().map_or(buffer, |bytes| &bytes[range.start as usize..range.end as usize])
+    data.mapped().map_or(buffer.bytes(), |bytes| &bytes[range.start as usize..range.end as usize])
 }
 
 fn range_of(block: usize, meta: &FileMetadata) -> std::ops::Range<u64> {

@@ -21,6 +21,7 @@ use super::request;
 use super::stream::{Cursor, Stream};
 use super::takers::Takers;
 use crate::coordinate::Ranks;
+use crate::storage::PageBuffer;
 use crate::{BLOCK_BYTES, Error, Result};
 
 /// Bytes before the pieces of a window: as many as keep these aligned.
@@ -78,7 +79,7 @@ impl<'e, 'p> Exchange<'e, 'p> {
     /// This rank's own, or `Mesh`.
     pub(super) fn run(&self, takers: &mut Takers<'_, '_>, mut outcome: Result<()>) -> Result<()> {
         let longest = self.division.shared.iter().map(Vec::len).max().unwrap_or(0);
-        let mut buffers = vec![Vec::new(); self.window];
+        let mut buffers: Vec<_> = (0..self.window).map(|_| PageBuffer::default()).collect();
         for nth in 0..longest.div_ceil(self.window) {
             let window = Window { exchange: self, nth };
             if outcome.is_ok() {
@@ -113,10 +114,10 @@ impl Window<'_, '_, '_> {
     }
 
     /// Reads this rank's blocks and compares their checksums.
-    fn read(&self, buffers: &mut [Vec<u8>]) -> Result<()> {
+    fn read(&self, buffers: &mut [PageBuffer]) -> Result<()> {
         let Exchange { reads, division, threads, .. } = self.exchange;
         let blocks = &division.shared[self.me()][self.blocks(self.me())];
-        let read = |(at, buffer): (&(usize, usize), &mut Vec<u8>)| {
+        let read = |(at, buffer): (&(usize, usize), &mut PageBuffer)| {
             let (file, block) = *at;
             read_block(block, &reads.metadata.files[file], open_file(&reads.files, file), buffer)
         };
@@ -134,7 +135,7 @@ impl Window<'_, '_, '_> {
     }
 
     /// The bytes of a block that this rank has read.
-    fn bytes<'b>(&'b self, buffers: &'b [Vec<u8>], place: usize) -> &'b [u8] {
+    fn bytes<'b>(&'b self, buffers: &'b [PageBuffer], place: usize) -> &'b [u8] {
         let Exchange { reads, division, .. } = self.exchange;
         let (file, block) = division.shared[self.me()][place];
         let data = open_file(&reads.files, file);
@@ -147,7 +148,7 @@ impl Window<'_, '_, '_> {
     }
 
     /// Copies what this rank itself wants of its blocks.
-    fn keep(&self, buffers: &[Vec<u8>], takers: &mut Takers<'_, '_>) -> Result<()> {
+    fn keep(&self, buffers: &[PageBuffer], takers: &mut Takers<'_, '_>) -> Result<()> {
         let me = self.me();
         let blocks = self.blocks(me);
         let stream = &self.exchange.give[me];
@@ -165,7 +166,7 @@ impl Window<'_, '_, '_> {
     /// had failed before; whatever fails here is noted in `outcome`.
     fn hand_on(
         &self,
-        given: Option<&[Vec<u8>]>,
+        given: Option<&[PageBuffer]>,
         takers: &mut Takers<'_, '_>,
         outcome: &mut Result<()>,
     ) -> Result<bool> {

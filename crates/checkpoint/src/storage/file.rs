@@ -20,6 +20,7 @@ use std::path::Path;
 use rustix::fs::{FallocateFlags, OFlags, fallocate, fstatfs};
 use sconce_dtensor::LocalTensor;
 
+use crate::storage::pages::PAGE_BYTES;
 use crate::{Error, Result};
 
 use range::{RangeWriter, SEGMENT_BYTES};
@@ -72,7 +73,7 @@ pub(super) fn write_file(
         writer.finish()
     };
     let crcs = run_parts(len_bytes.div_ceil(part.max(1)).max(1), &write)?;
-    if direct && !len_bytes.is_multiple_of(range::PAGE_BYTES as u64) {
+    if direct && !len_bytes.is_multiple_of(PAGE_BYTES as u64) {
         // Direct writes are whole pages.
         file.set_len(len_bytes).map_err(|e| Error::io("set the length of", path, &e))?;
     }

@@ -6,6 +6,7 @@ use super::dcp::{self, Place};
 use super::zip::Archive;
 use crate::damage::{Damage, crc_of};
 use crate::region::Region;
+use crate::storage::PageBuffer;
 use crate::{Format, Result};
 
 /// One archive to check.
@@ -53,14 +54,14 @@ pub(crate) fn items(path: &Path, format: Format) -> Result<(usize, Vec<std::resu
 
 impl Item {
     /// Compares the checksum of every record; the bytes that were read.
-    pub(crate) fn check(&self, buffer: &mut Vec<u8>) -> (u64, Vec<Damage>) {
+    pub(crate) fn check(&self, buffer: &mut PageBuffer) -> (u64, Vec<Damage>) {
         match self.damaged_records(buffer) {
             Ok(damages) => (self.region.len(), damages),
             Err(error) => (self.region.len(), vec![self.damage(self.region.start(), error.to_string())]),
         }
     }
 
-    fn damaged_records(&self, buffer: &mut Vec<u8>) -> Result<Vec<Damage>> {
+    fn damaged_records(&self, buffer: &mut PageBuffer) -> Result<Vec<Damage>> {
         let region = match &self.place {
             Some(place) => dcp::whole_item(self.region.clone(), place)?,
             None => self.region.clone(),

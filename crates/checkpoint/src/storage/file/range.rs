@@ -5,12 +5,11 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::metadata::BLOCK_BYTES;
+use crate::storage::pages::{PAGE_BYTES, PageBuffer};
 use crate::{Error, Result};
 
 /// Direct writes have this size, and all ranges begin at a multiple of it.
 pub(super) const SEGMENT_BYTES: usize = 4 << 20;
-/// Memory, offsets and lengths of direct writes are multiples of this.
-pub(super) const PAGE_BYTES: usize = 4096;
 /// Pieces from this size on are written from where they lie, if not directly.
 const IN_PLACE_BYTES: usize = 64 << 10;
 /// What is checksummed and then copied or written while it is in the cache. Measured in tmpfs, one thread: writes alone
@@ -100,35 +99,33 @@ impl<'f> RangeWriter<'f> {
     }
 }
 
-/// Bytes that begin on a page of memory.
+/// What is to be written next, in memory that direct writes take.
 struct Buffer {
-    memory: Vec<u8>,
-    start: usize,
+    memory: PageBuffer,
     len: usize,
-    capacity: usize,
 }
 
 impl Buffer {
     fn new(capacity: usize) -> Self {
-        let memory = vec![0; capacity + PAGE_BYTES];
-        let address = memory.as_ptr() as usize;
-        Self { start: address.next_multiple_of(PAGE_BYTES) - address, memory, len: 0, capacity }
+        let mut memory = PageBuffer::default();
+        memory.resized(capacity);
+        Self { memory, len: 0 }
     }
 
     fn room(&self) -> usize {
-        self.capacity - self.len
+        self.memory.bytes().len() - self.len
     }
 
     fn push(&mut self, bytes: &[u8]) {
-        let at = self.start + self.len;
-        self.memory[at..at + bytes.len()].copy_from_slice(bytes);
+        self.memory.bytes_mut()[self.len..self.len + bytes.len()].copy_from_slice(bytes);
         self.len += bytes.len();
     }
 
     /// What was pushed, and zeros up to a multiple of `align`.
     fn filled(&mut self, align: usize) -> &[u8] {
         let padded = self.len.next_multiple_of(align);
-        self.memory[self.start + self.len..self.start + padded].fill(0);
-        &self.memory[self.start..self.start + padded]
+        let bytes = &mut self.memory.bytes_mut()[..padded];
+        bytes[self.len..].fill(0);
+        bytes
     }
 }
