@@ -5,6 +5,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::RankFailure;
+use crate::threads::share_of_cores;
 use crate::{Error, Result};
 
 /// The ranks that save or load together; `None` is one process by itself.
@@ -43,8 +44,7 @@ impl<'g> Ranks<'g> {
 
     /// How many threads this rank may keep busy: its share of the cores, as if all ranks were on this host.
     pub(crate) fn threads(self) -> usize {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        (cores / self.size()).clamp(1, 8)
+        share_of_cores(self.size())
     }
 
     /// The group, if there is somebody to talk to.

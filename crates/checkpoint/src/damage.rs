@@ -4,10 +4,10 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
-use crate::metadata::{BLOCK_BYTES, FileMetadata, Metadata};
+use crate::metadata::{BLOCK_BYTES, Metadata};
 #[cfg(feature = "torch")]
 use crate::region::Region;
 use crate::storage::{PageBuffer, StorageReader as _};
@@ -101,13 +101,13 @@ enum Job {
 
 struct Blocks {
     path: PathBuf,
-    file: std::sync::Arc<File>,
+    file: Arc<File>,
     name: String,
     first: usize,
     /// Checksum and length of each block.
     blocks: Vec<(u32, usize)>,
-    /// What lies in the file: name, start, end.
-    held: std::sync::Arc<Vec<(String, u64, u64)>>,
+    /// What lies where, and which of its files this is.
+    held: (Arc<Metadata>, usize),
 }
 
 impl Job {
@@ -152,50 +152,36 @@ impl Blocks {
     }
 
     fn damage(&self, start: u64, end: u64, what: String) -> Damage {
-        let fqns = within(&self.held, start, end);
+        let (metadata, file) = &self.held;
+        let fqns = metadata.names_within(*file, start..end);
         Damage { file: self.name.clone(), offset_bytes: start, what, fqns }
     }
-}
-
-fn within(held: &[(String, u64, u64)], start: u64, end: u64) -> Vec<String> {
-    let mut names: Vec<String> = held
-        .iter()
-        .filter(|(_, from, to)| *from < end && *to > start)
-        .map(|(name, ..)| name.clone())
-        .collect();
-    names.dedup();
-    names
 }
 
 type Jobs = Vec<std::result::Result<Job, Damage>>;
 
 fn sconce(path: &Path, reader: &FileSystemReader) -> Result<(usize, Jobs)> {
-    let metadata = reader.read_metadata()?;
-    let mut held: Vec<Vec<(String, u64, u64)>> = vec![Vec::new(); metadata.files.len()];
-    for tensor in &metadata.tensors {
-        for chunk in &tensor.chunks {
-            let len = (chunk.bounds.numel() * tensor.dtype.size_bytes()) as u64;
-            held[chunk.file].push((tensor.fqn.clone(), chunk.offset_bytes, chunk.offset_bytes + len));
-        }
-    }
+    let metadata = Arc::new(reader.read_metadata()?);
     let mut jobs = Vec::new();
-    for (file, held) in metadata.files.iter().zip(held) {
-        file_jobs(&path.join(&file.name), file, held, &mut jobs);
+    for file in 0..metadata.files.len() {
+        file_jobs(path, &metadata, file, &mut jobs);
     }
     Ok((metadata.files.len(), jobs))
 }
 
-fn file_jobs(path: &Path, meta: &FileMetadata, held: Vec<(String, u64, u64)>, jobs: &mut Jobs) {
+fn file_jobs(dir: &Path, metadata: &Arc<Metadata>, nth_file: usize, jobs: &mut Jobs) {
+    let meta = &metadata.files[nth_file];
+    let path = dir.join(&meta.name);
     let damage = |from: u64, what: String| Damage {
         file: meta.name.clone(),
         offset_bytes: from,
         what,
-        fqns: within(&held, from, u64::MAX),
+        fqns: metadata.names_within(nth_file, from..u64::MAX),
     };
-    let opened = File::open(path).and_then(|file| file.metadata().map(|found| (file, found.len())));
+    let opened = File::open(&path).and_then(|file| file.metadata().map(|found| (file, found.len())));
     let (file, len) = match opened {
         Ok(opened) => opened,
-        Err(e) => return jobs.push(Err(damage(0, Error::io("open", path, &e).to_string()))),
+        Err(e) => return jobs.push(Err(damage(0, Error::io("open", &path, &e).to_string()))),
     };
     if len != meta.len_bytes {
         jobs.push(Err(damage(len.min(meta.len_bytes), format!("{len} bytes, expected {}", meta.len_bytes))));
@@ -204,12 +190,13 @@ fn file_jobs(path: &Path, meta: &FileMetadata, held: Vec<(String, u64, u64)>, jo
     let block_len = |nth: usize| (meta.len_bytes - nth as u64 * BLOCK_BYTES).min(BLOCK_BYTES);
     // Blocks that are not all there are part of the damage above.
     let there = (0..crcs.len()).take_while(|nth| *nth as u64 * BLOCK_BYTES + block_len(*nth) <= len).count();
-    let (file, held) = (std::sync::Arc::new(file), std::sync::Arc::new(held));
+    let file = Arc::new(file);
     for first in (0..there).step_by(JOB_BLOCKS) {
         let blocks =
             (first..there.min(first + JOB_BLOCKS)).map(|nth| (crcs[nth], block_len(nth) as usize)).collect();
-        let (path, file, name) = (path.to_owned(), file.clone(), meta.name.clone());
-        jobs.push(Ok(Job::Blocks(Blocks { path, file, name, first, blocks, held: held.clone() })));
+        let (path, file, name) = (path.clone(), file.clone(), meta.name.clone());
+        let held = (metadata.clone(), nth_file);
+        jobs.push(Ok(Job::Blocks(Blocks { path, file, name, first, blocks, held })));
     }
 }
 

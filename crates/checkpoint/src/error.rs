@@ -299,9 +299,10 @@ impl Error {
 
     /// A damaged block with the names of the tensors in it; any other error as it is.
     pub(crate) fn naming_tensors(mut self, metadata: &Metadata) -> Self {
-        if let Error::Corrupt { path, what, offset_bytes, fqns, .. } = &mut self
-            && what.starts_with("block ")
+        // Of a file whose blocks have checksums nothing but blocks is compared.
+        if let Error::Corrupt { path, offset_bytes, fqns, .. } = &mut self
             && let Some(file) = metadata.files.iter().position(|file| path.ends_with(&file.name))
+            && metadata.files[file].block_crcs.is_some()
         {
             *fqns = metadata.names_within(file, *offset_bytes..offset_bytes.saturating_add(BLOCK_BYTES));
         }

@@ -28,6 +28,7 @@ mod series;
 mod staging;
 mod stateful;
 mod storage;
+mod threads;
 #[cfg(feature = "torch")]
 pub mod torch;
 mod tree;

@@ -8,6 +8,8 @@
 //! Plans nothing: which boxes are read is the planner's business.
 
 mod blocks;
+#[cfg(feature = "cli")]
+mod boxes;
 mod copy;
 mod division;
 mod exchange;
@@ -34,6 +36,8 @@ pub(crate) use blocks::Verified;
 #[cfg(feature = "mmap")]
 pub(crate) use blocks::check_block;
 use blocks::{Marks, Wants};
+#[cfg(feature = "cli")]
+pub(crate) use boxes::{BoxReader, OpenTensor};
 use copy::{Own, open_file};
 use division::Division;
 use exchange::Exchange;

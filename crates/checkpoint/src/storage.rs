@@ -9,6 +9,7 @@ pub(crate) mod lock;
 #[cfg(feature = "mmap")]
 mod mmap;
 pub(crate) mod pages;
+pub(crate) mod place;
 pub(crate) mod remove;
 pub(crate) mod shards;
 mod unchanged;

@@ -2,13 +2,14 @@
 
 use std::ops::Range;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use sconce_dtensor::{DType, LocalTensor, StateDict, TensorBox, TensorBuf, Value};
 
 use crate::metadata::{BLOCK_BYTES, Metadata, TensorStorageMetadata};
 use crate::read::check_block;
 use crate::storage::{DataFile, FileSystemReader, StorageReader};
+use crate::threads::deal;
 use crate::tree::{self, Node};
 use crate::{Error, Result};
 
@@ -178,20 +179,7 @@ impl MappedCheckpoint {
 fn in_parallel(blocks: &[usize], act: impl Fn(usize) -> Result<()> + Sync) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs: Vec<&[usize]> = blocks.chunks(JOB_BLOCKS).collect();
-    let next = AtomicUsize::new(0);
-    let work = || -> Result<()> {
-        while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-            job.iter().try_for_each(|block| act(*block))?;
-        }
-        Ok(())
-    };
-    std::thread::scope(|scope| {
-        let others: Vec<_> = (1..cores.min(jobs.len())).map(|_| scope.spawn(work)).collect();
-        let mine = work();
-        let died = || Error::Tensor { fqn: String::new(), cause: "a thread of the load panicked".to_owned() };
-        let others = others.into_iter().map(|other| other.join().unwrap_or_else(|_| Err(died())));
-        std::iter::once(mine).chain(others).collect()
-    })
+    deal(jobs.len(), cores, |nth| jobs[nth].iter().try_for_each(|block| act(*block))).map(drop)
 }
 
 impl<'m> MappedTensor<'m> {

@@ -20,6 +20,8 @@ use sconce_mesh::{
 const RANKS: [usize; 2] = [2, 4];
 const BYTES: [usize; 4] = [1 << 20, 4 << 20, 16 << 20, 64 << 20];
 const SMALL: usize = 4096;
+/// Bytes that a rank copies in one measurement of the machine's speed: many times a turn of the scheduler.
+const COPIED_BYTES: usize = 512 << 20;
 /// Small calls in one measurement.
 const BURST: usize = 200;
 
@@ -80,11 +82,15 @@ fn small(group: &ProcessGroup) {
     }
 }
 
-/// Bytes a second that all ranks copy together, each between buffers of its own.
+/// Bytes a second that all ranks copy together, each between buffers of its own. So often that ranks which share a core
+/// take turns: one short copy would end before the core's other rank has its turn, and tell of twice the cores.
 fn copy_bandwidth(group: &ProcessGroup, bytes: usize) -> f64 {
     let (from, mut to) = (vec![1u8; bytes], vec![2u8; bytes]);
-    let seconds = time(group, || black_box(&mut to).copy_from_slice(black_box(&from)));
-    (group.size() * bytes) as f64 / seconds
+    let copies = COPIED_BYTES.div_ceil(bytes);
+    let seconds = time(group, || {
+        (0..copies).for_each(|_| black_box(&mut to).copy_from_slice(black_box(&from)));
+    });
+    (group.size() * copies * bytes) as f64 / seconds
 }
 
 /// Median over repeats of the slowest rank's seconds.

@@ -79,7 +79,7 @@ fn tensor_values(
     let whole = TensorBox::whole(&tensor.shape);
     let (mut stats, mut shown, mut at) = (Stats::default(), Vec::new(), 0usize);
     let range = args.start..args.start.saturating_add(args.number);
-    source.read(tensor, &whole, &mut |bytes| {
+    source.read(tensor, &whole, 0..whole.numel(), &mut |bytes| {
         numbers(tensor.dtype, bytes, &mut |number| {
             stats.add(number);
             if range.contains(&at) {
@@ -119,7 +119,8 @@ fn histogram(source: &Source, tensor: &TensorStorageMetadata, stats: &Stats) -> 
     if stats.count == 0 || width <= 0.0 || !width.is_finite() {
         return Ok(Vec::new());
     }
-    source.read(tensor, &TensorBox::whole(&tensor.shape), &mut |bytes| {
+    let whole = TensorBox::whole(&tensor.shape);
+    source.read(tensor, &whole, 0..whole.numel(), &mut |bytes| {
         numbers(tensor.dtype, bytes, &mut |number| {
             if number.is_finite() {
                 bins[(((number - stats.min) / width) as usize).min(BINS - 1)] += 1;

@@ -11,9 +11,9 @@ use super::elements::numbers;
 use super::inspect::text;
 use super::output::{Output, shape};
 use super::pieces::Source;
+use crate::Result;
 use crate::metadata::TensorStorageMetadata;
 use crate::tree::Node;
-use crate::{Error, Result};
 
 /// Compared at a time: 4 MiB of elements of each side.
 const BAND_ELEMENTS: usize = 1 << 19;
@@ -76,14 +76,15 @@ fn compare(
         return Ok(None);
     }
     let mut found = Differences::new(one.dtype);
+    let (one_open, other_open) = (a.tensor(one)?, b.tensor(other)?);
+    let (mut one_reader, mut other_reader) = (one_open.reader(), other_open.reader());
+    let (mut left, mut right) = (Vec::new(), Vec::new());
     for band in bands(&one.shape) {
-        let (mut left, mut right) = (Vec::new(), Vec::new());
-        a.read(one, &band, &mut |bytes| left.extend_from_slice(bytes))?;
-        b.read(other, &band, &mut |bytes| right.extend_from_slice(bytes))?;
-        if left.len() != right.len() {
-            let (expected, got) = (vec![left.len()], vec![right.len()]);
-            return Err(Error::ShapeMismatch { fqn: one.fqn.clone(), expected, got });
-        }
+        let len = band.numel() * one.dtype.size_bytes();
+        left.resize(len, 0);
+        right.resize(len, 0);
+        one_reader.read(&band, &mut left)?;
+        other_reader.read(&band, &mut right)?;
         bar.inc(left.len() as u64);
         found.add(&left, &right);
     }

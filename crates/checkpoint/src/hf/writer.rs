@@ -1,26 +1,30 @@
 //! The storage writer of safetensors: whole tensors in files of bounded size, written by all ranks together.
 
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
-use std::os::unix::ffi::OsStrExt;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use sconce_dtensor::{CopyRun, DType, Fqn, StateDict, TensorBox, copy_runs};
+use sconce_dtensor::{CopyRuns, DType, LocalTensor, StateDict, TensorBox};
 
 use super::{INDEX_NAME, TREE_KEY, header};
 use crate::format::shard;
-use crate::plan::{Layout, TensorLayout, WritePlan, WrittenFile};
+use crate::plan::{Layout, TensorLayout, WriteItem, WritePlan, WrittenFile};
 use crate::region::Region;
 use crate::save::SaveReport;
-use crate::storage::StorageWriter;
 use crate::storage::commit::{self, Staging};
+use crate::storage::place::Place;
+use crate::storage::{StorageWriter, shards};
+use crate::threads::deal;
 use crate::tree::Node;
 use crate::{Error, Result};
 
 /// The size after which Hugging Face's writers begin another file.
 const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
+
+/// What a thread takes of a box at a time.
+const PART_BYTES: usize = 64 << 20;
 
 /// Writes whole tensors as safetensors, whatever ranks hold which parts of them.
 ///
@@ -86,9 +90,8 @@ impl StorageWriter for Writer {
     /// # Errors
     /// `AlreadyExists`, `Io`.
     fn prepare(&mut self, layout: &Layout) -> Result<Vec<u8>> {
-        let staging = commit::prepare(&self.path, false, true)?;
-        let dir = staging.dir().to_owned();
-        self.staging = Some(staging);
+        let staging = self.staging.insert(commit::prepare(&self.path, false, true)?);
+        let (dir, place) = (staging.dir().to_owned(), Place::encoded(staging, layout, None)?);
         let split = self.split(layout);
         self.files.clear();
         for (nth, mut tensors) in split.iter().cloned().enumerate() {
@@ -112,33 +115,25 @@ impl StorageWriter for Writer {
                 tensors: tensors.iter().map(|t| t.fqn.clone()).collect(),
             });
         }
-        Ok(dir.as_os_str().as_bytes().to_vec())
+        Ok(place)
     }
 
     /// # Errors
     /// `Io`, `Tensor`.
     fn write(&mut self, place: &[u8], plan: &WritePlan, state: &StateDict<'_>) -> Result<Vec<WrittenFile>> {
-        let targets = Targets::find(Path::new(OsStr::from_bytes(place)))?;
+        let place = Place::of(place)?;
+        let targets = Targets::find(&place.dir())?;
         let tensors = state.flat_tensors().map_err(|error| Error::tensor("", &error))?;
+        let mut parts = Vec::new();
         for item in &plan.items {
-            let wrong = || Error::Tensor {
-                fqn: item.fqn.clone(),
-                cause: format!("the plan asks for box {}, which this rank does not hold", item.index),
-            };
-            let tensor = tensors.get(&Fqn(item.fqn.clone())).ok_or_else(wrong)?;
-            let bounds = tensor.local_boxes().get(item.index).ok_or_else(wrong)?;
-            let target = targets.by_name.get(&item.fqn).ok_or_else(wrong)?;
-            let mut part = Part::of(bounds, target);
-            let mut outcome = Ok(());
-            let all = 0..sconce_dtensor::box_len_bytes(*tensor, item.index);
-            let lent = tensor.read_box_range(item.index, all, &mut |bytes| {
-                if outcome.is_ok() {
-                    outcome = part.write(&targets.files[target.file], bytes);
-                }
-            });
-            lent.map_err(|error| Error::tensor(&item.fqn, &error))?;
-            outcome?;
+            let tensor = shards::tensor_of(&tensors, item)?;
+            let len = sconce_dtensor::box_len_bytes(tensor, item.index);
+            parts.extend((0..len).step_by(PART_BYTES).map(|at| (item, tensor, at..len.min(at + PART_BYTES))));
         }
+        deal(parts.len(), place.threads(), |nth| {
+            let (item, tensor, range) = parts[nth].clone();
+            targets.write(item, tensor, range)
+        })?;
         targets.sync()?;
         Ok(Vec::new())
     }
@@ -227,6 +222,28 @@ impl Targets {
         Ok(Self { files, by_name })
     }
 
+    /// Writes a range of the bytes of an item.
+    fn write(&self, item: &WriteItem, tensor: &dyn LocalTensor, range: Range<usize>) -> Result<()> {
+        let Some(target) = self.by_name.get(&item.fqn) else {
+            let cause = "the plan asks for a tensor that no file has room for".to_owned();
+            return Err(Error::Tensor { fqn: item.fqn.clone(), cause });
+        };
+        let runs = CopyRuns::new(
+            &tensor.local_boxes()[item.index],
+            &tensor.local_boxes()[item.index],
+            &target.whole,
+        );
+        let mut part = Part { runs, at: range.start, start: target.start, size: target.dtype.size_bytes() };
+        let mut outcome = Ok(());
+        let lent = tensor.read_box_range(item.index, range, &mut |bytes| {
+            if outcome.is_ok() {
+                outcome = part.write(&self.files[target.file], bytes);
+            }
+        });
+        lent.map_err(|error| Error::tensor(&item.fqn, &error))?;
+        outcome
+    }
+
     fn sync(&self) -> Result<()> {
         self.files
             .iter()
@@ -234,31 +251,28 @@ impl Targets {
     }
 }
 
-/// A box on its way into its tensor's file: where each run of its bytes goes.
+/// A part of a box on its way into its tensor's file.
 struct Part {
-    runs: Box<dyn Iterator<Item = CopyRun>>,
-    /// The rest of the run that is being written: where it goes and how long it is.
-    rest: (u64, usize),
+    /// Where each run of the box goes.
+    runs: CopyRuns,
+    /// What of the box's bytes comes next.
+    at: usize,
+    /// Where the tensor begins in its file.
     start: u64,
+    /// Bytes of an element.
     size: usize,
 }
 
 impl Part {
-    fn of(bounds: &TensorBox, target: &Target) -> Self {
-        let runs = Box::new(copy_runs(bounds, bounds, &target.whole));
-        Self { runs, rest: (0, 0), start: target.start, size: target.dtype.size_bytes() }
-    }
-
     /// Writes the next bytes of the box.
     fn write(&mut self, (path, file): &(PathBuf, File), mut bytes: &[u8]) -> Result<()> {
+        let run_bytes = self.runs.run_len() * self.size;
         while !bytes.is_empty() {
-            if self.rest.1 == 0 {
-                let Some(run) = self.runs.next() else { return Ok(()) };
-                self.rest = (self.start + (run.dst * self.size) as u64, run.len * self.size);
-            }
-            let (now, later) = bytes.split_at(bytes.len().min(self.rest.1));
-            file.write_all_at(now, self.rest.0).map_err(|e| Error::io("write", path, &e))?;
-            self.rest = (self.rest.0 + now.len() as u64, self.rest.1 - now.len());
+            let (nth, into) = (self.at / run_bytes, self.at % run_bytes);
+            let (now, later) = bytes.split_at(bytes.len().min(run_bytes - into));
+            let to = self.start + (self.runs.run(nth).dst * self.size + into) as u64;
+            file.write_all_at(now, to).map_err(|e| Error::io("write", path, &e))?;
+            self.at += now.len();
             bytes = later;
         }
         Ok(())

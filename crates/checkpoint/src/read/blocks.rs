@@ -18,6 +18,15 @@ impl Marks {
         Self(metadata.files.iter().map(blocks).collect())
     }
 
+    /// Every block with a checksum of the files that are read.
+    #[cfg(feature = "cli")]
+    pub(super) fn all_of(metadata: &Metadata, is_read: &[bool]) -> Self {
+        let blocks = |(file, is_read): (&FileMetadata, &bool)| {
+            vec![true; file.block_crcs.as_ref().filter(|_| *is_read).map_or(0, Vec::len)]
+        };
+        Self(metadata.files.iter().zip(is_read).map(blocks).collect())
+    }
+
     /// Adds a block of a file with checksums.
     pub(super) fn insert(&mut self, file: usize, block: usize) {
         if let Some(mark) = self.0[file].get_mut(block) {

@@ -1,21 +1,17 @@
 //! Format 1 in a directory of the local file system, or of one that all ranks mount.
 
-use std::collections::HashSet;
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use sconce_dtensor::StateDict;
-use serde::{Deserialize, Serialize};
 
 use super::commit::Staging;
 use super::file::write_file;
 use super::held::Held;
+use super::place::Place;
 use super::shards::{self, Shard};
 use super::unchanged::{Division, Earlier};
 use super::{Access, DataFile, LocalFile, StorageReader, StorageWriter, commit};
-use crate::coordinate::Message;
 use crate::format::{self, MANIFEST_NAME, manifest};
 use crate::metadata::{FileMetadata, Metadata};
 use crate::plan::{Layout, WritePlan, WrittenFile};
@@ -33,14 +29,6 @@ pub struct FileSystemWriter {
     staging: Option<Staging>,
     /// On the coordinator, while a save runs: so that nobody removes what the ranks link.
     earlier: Option<Earlier>,
-}
-
-/// What the ranks must know of a save.
-#[derive(Serialize, Deserialize)]
-struct Place {
-    n_writers: usize,
-    staging: Vec<u8>,
-    since: Option<Vec<u8>>,
 }
 
 /// Reads a checkpoint of format 1.
@@ -89,19 +77,16 @@ impl FileSystemReader {
 impl StorageWriter for FileSystemWriter {
     fn prepare(&mut self, layout: &Layout) -> Result<Vec<u8>> {
         let staging = self.staging.insert(commit::prepare(&self.path, self.overwrite, self.sync)?);
-        let writers: HashSet<usize> =
-            layout.tensors.iter().flat_map(|t| &t.chunks).map(|c| c.writer).collect();
         self.earlier = self.since.as_deref().and_then(Earlier::open);
-        let bytes = |path: &Path| path.as_os_str().as_bytes().to_vec();
-        let since = self.since.as_deref().filter(|_| self.earlier.is_some()).map(bytes);
-        Place { n_writers: writers.len(), staging: bytes(staging.dir()), since }.encode()
+        let since = self.since.as_deref().filter(|_| self.earlier.is_some());
+        Place::encoded(staging, layout, since)
     }
 
     fn write(&mut self, place: &[u8], plan: &WritePlan, state: &StateDict<'_>) -> Result<Vec<WrittenFile>> {
-        let Place { n_writers, staging, since } = Place::decode(place)?;
-        let staging = Path::new(OsStr::from_bytes(&staging));
+        let place = Place::of(place)?;
+        let dir = place.dir();
         let tensors = state.flat_tensors().map_err(|error| Error::tensor("", &error))?;
-        let earlier = since.as_deref().and_then(|path| Earlier::open(Path::new(OsStr::from_bytes(path))));
+        let earlier = place.since().and_then(|path| Earlier::open(&path));
         let Division { same, written } = match &earlier {
             Some(earlier) => earlier.divide(plan, &tensors)?,
             None => Division { same: Vec::new(), written: shards::split(plan, &tensors)? },
@@ -109,14 +94,13 @@ impl StorageWriter for FileSystemWriter {
         let n_files = same.len() + written.len();
         let mut names = (0..n_files).map(|nth| format::shard::file_name(plan.writer, nth, n_files));
         let write = |name: String, shard: &Shard<'_>| {
-            let threads = threads_of(n_writers);
-            let written = write_file(&staging.join(&name), &shard.contents, threads, self.sync)?;
+            let written = write_file(&dir.join(&name), &shard.contents, place.threads(), self.sync)?;
             Ok::<_, Error>(shard.written(name, written))
         };
         let mut files = Vec::with_capacity(n_files);
         if let Some(earlier) = &earlier {
             for ((nth, shard), name) in same.iter().zip(&mut names) {
-                let is_linked = earlier.link(*nth, &staging.join(&name), self.sync)?;
+                let is_linked = earlier.link(*nth, &dir.join(&name), self.sync)?;
                 files.push(if is_linked {
                     shard.linked(name, earlier.file(*nth))
                 } else {
@@ -181,10 +165,4 @@ impl StorageReader for FileSystemReader {
     fn path(&self) -> &Path {
         &self.path
     }
-}
-
-/// This rank's share of the cores, as if all that write were on one host.
-fn threads_of(n_writers: usize) -> usize {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    (cores / n_writers.max(1)).clamp(1, 8)
 }

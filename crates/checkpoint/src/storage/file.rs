@@ -21,6 +21,7 @@ use rustix::fs::{FallocateFlags, OFlags, fallocate, fstatfs};
 use sconce_dtensor::LocalTensor;
 
 use crate::storage::pages::PAGE_BYTES;
+use crate::threads::deal;
 use crate::{Error, Result};
 
 use range::{RangeWriter, SEGMENT_BYTES};
@@ -66,13 +67,15 @@ pub(super) fn write_file(
     let wanted = if direct { DIRECT_THREADS } else { threads as u64 };
     let threads = (len_bytes / BYTES_PER_THREAD).clamp(1, wanted.max(1));
     let part = len_bytes.div_ceil(threads).next_multiple_of(SEGMENT_BYTES as u64);
-    let write = |nth: u64| {
+    let write = |nth: usize| {
+        let nth = nth as u64;
         let range = nth * part..((nth + 1) * part).min(len_bytes);
         let mut writer = RangeWriter::new(&file, path, range.start, direct);
         contents.lend(range, &mut |bytes| writer.push(bytes))?;
         writer.finish()
     };
-    let crcs = run_parts(len_bytes.div_ceil(part.max(1)).max(1), &write)?;
+    let n_parts = len_bytes.div_ceil(part.max(1)).max(1) as usize;
+    let crcs = deal(n_parts, n_parts, write)?;
     if direct && !len_bytes.is_multiple_of(PAGE_BYTES as u64) {
         // Direct writes are whole pages.
         file.set_len(len_bytes).map_err(|e| Error::io("set the length of", path, &e))?;
@@ -81,17 +84,6 @@ pub(super) fn write_file(
         file.sync_all().map_err(|e| Error::io("sync", path, &e))?;
     }
     Ok((len_bytes, crcs.concat()))
-}
-
-/// Every part, each on a thread of its own; the first on this one.
-fn run_parts<T: Send>(n: u64, part: &(impl Fn(u64) -> Result<T> + Sync)) -> Result<Vec<T>> {
-    std::thread::scope(|scope| {
-        let others: Vec<_> = (1..n).map(|nth| scope.spawn(move || part(nth))).collect();
-        let first = part(0);
-        let died = || Error::Tensor { fqn: String::new(), cause: "a thread of the save panicked".to_owned() };
-        let others = others.into_iter().map(|part| part.join().unwrap_or_else(|_| Err(died())));
-        std::iter::once(first).chain(others).collect()
-    })
 }
 
 /// The new file, room for it, and whether it is written past the page cache.

@@ -104,7 +104,11 @@ pub(crate) fn len_bytes(tensors: &Tensors<'_, '_>, item: &WriteItem) -> usize {
     tensor_of(tensors, item).map_or(0, |tensor| box_len_bytes(tensor, item.index))
 }
 
-fn tensor_of<'t>(tensors: &'t Tensors<'_, '_>, item: &WriteItem) -> Result<&'t dyn LocalTensor> {
+/// The tensor of which an item is a box.
+///
+/// # Errors
+/// `Tensor` if the state does not hold that box.
+pub(crate) fn tensor_of<'t>(tensors: &'t Tensors<'_, '_>, item: &WriteItem) -> Result<&'t dyn LocalTensor> {
     let tensor = tensors.get(&Fqn(item.fqn.clone())).copied();
     tensor.filter(|tensor| item.index < tensor.local_boxes().len()).ok_or_else(|| Error::Tensor {
         fqn: item.fqn.clone(),

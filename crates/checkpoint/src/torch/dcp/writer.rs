@@ -1,19 +1,18 @@
 //! The storage writer: what `torch.distributed.checkpoint.load` reads.
 
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use sconce_dtensor::{Fqn, StateDict, TensorBox};
+use sconce_dtensor::{StateDict, TensorBox};
 
 use super::METADATA_NAME;
 use super::metadata::Step;
 use crate::metadata::FileMetadata;
 use crate::plan::{Layout, TensorLayout, WritePlan, WrittenFile, WrittenItem};
 use crate::save::SaveReport;
-use crate::storage::StorageWriter;
 use crate::storage::commit::{self, Staging};
-use crate::torch::archive::ArchiveFile;
+use crate::storage::place::Place;
+use crate::storage::{StorageWriter, shards};
+use crate::torch::archive::{ArchiveFile, Part};
 use crate::torch::dtypes::TorchDType;
 use crate::torch::pickle::Writer as Pickle;
 use crate::tree::Node;
@@ -63,9 +62,9 @@ impl Writer {
 impl StorageWriter for Writer {
     /// # Errors
     /// `AlreadyExists`, `Io`.
-    fn prepare(&mut self, _: &Layout) -> Result<Vec<u8>> {
+    fn prepare(&mut self, layout: &Layout) -> Result<Vec<u8>> {
         let staging = self.staging.insert(commit::prepare(&self.path, false, true)?);
-        Ok(staging.dir().as_os_str().as_bytes().to_vec())
+        Place::encoded(staging, layout, None)
     }
 
     /// # Errors
@@ -76,17 +75,15 @@ impl StorageWriter for Writer {
         }
         let tensors = state.flat_tensors().map_err(|error| Error::tensor("", &error))?;
         let name = format!("__{}_0.distcp", plan.writer);
-        let mut file = ArchiveFile::create(&Path::new(OsStr::from_bytes(place)).join(&name))?;
-        let mut items = Vec::with_capacity(plan.items.len());
-        for (nth, item) in plan.items.iter().enumerate() {
-            let tensor = tensors.get(&Fqn(item.fqn.clone())).filter(|t| item.index < t.local_boxes().len());
-            let tensor = tensor.ok_or_else(|| Error::Tensor {
-                fqn: item.fqn.clone(),
-                cause: format!("the plan asks for box {}, which this rank does not hold", item.index),
-            })?;
-            let (offset_bytes, _) = file.add_box(&item.fqn, *tensor, item.index)?;
-            items.push(WrittenItem { item: nth, offset_bytes });
+        let place = Place::of(place)?;
+        let mut file = ArchiveFile::create(&place.dir().join(&name))?;
+        let mut parts = Vec::with_capacity(plan.items.len());
+        for item in &plan.items {
+            let tensor = shards::tensor_of(&tensors, item)?;
+            parts.push(Part { fqn: &item.fqn, tensor, index: item.index });
         }
+        let starts = file.add_parts(&parts, place.threads())?.into_iter().enumerate();
+        let items = starts.map(|(item, offset_bytes)| WrittenItem { item, offset_bytes }).collect();
         let len_bytes = file.finish(true)?;
         Ok(vec![WrittenFile {
             file: FileMetadata { name, len_bytes, block_crcs: None },
@@ -132,12 +129,12 @@ impl StorageWriter for Writer {
 /// What `.metadata` will say.
 #[derive(Default)]
 struct Index<'l> {
-    tensors: Vec<(&'l TensorLayout, Vec<(TensorBox, Place)>)>,
-    values: Vec<(String, Place)>,
+    tensors: Vec<(&'l TensorLayout, Vec<(TensorBox, ItemPlace)>)>,
+    values: Vec<(String, ItemPlace)>,
     paths: Vec<(String, Vec<Step>)>,
 }
 
-struct Place {
+struct ItemPlace {
     file: String,
     offset_bytes: u64,
     len_bytes: u64,
@@ -161,12 +158,12 @@ impl<'l> Index<'l> {
 }
 
 /// Items are written in order, so that each ends where the next begins.
-fn place_of(files: &[WrittenFile], item: usize) -> Option<Place> {
+fn place_of(files: &[WrittenFile], item: usize) -> Option<ItemPlace> {
     let file = files.first()?;
     let at = file.items.binary_search_by_key(&item, |written| written.item).ok()?;
     let offset_bytes = file.items[at].offset_bytes;
     let end = file.items.get(at + 1).map_or(file.file.len_bytes, |next| next.offset_bytes);
-    Some(Place { file: file.file.name.clone(), offset_bytes, len_bytes: end - offset_bytes })
+    Some(ItemPlace { file: file.file.name.clone(), offset_bytes, len_bytes: end - offset_bytes })
 }
 
 /// What no rank writes: values, and tensors without elements. The length of the file, if there is anything.
@@ -183,7 +180,7 @@ fn write_values<'l>(staging: &Path, layout: &'l Layout, index: &mut Index<'l>) -
         return Ok(None);
     }
     let mut file = ArchiveFile::create(&staging.join(name))?;
-    let place = |(offset_bytes, len_bytes)| Place { file: name.to_owned(), offset_bytes, len_bytes };
+    let place = |(offset_bytes, len_bytes)| ItemPlace { file: name.to_owned(), offset_bytes, len_bytes };
     for (tensor, chunks) in index.tensors.iter_mut().filter(|tensor| tensor.0.shape.contains(&0)) {
         let written = file.add_empty(tensor.dtype, &tensor.shape)?;
         chunks.push((TensorBox::whole(&tensor.shape), place(written)));
@@ -289,7 +286,7 @@ fn path_entry(pickle: &mut Pickle, path: &[Step]) {
     pickle.tuple();
 }
 
-fn tensor_entry(pickle: &mut Pickle, tensor: &TensorLayout, chunks: &[(TensorBox, Place)]) {
+fn tensor_entry(pickle: &mut Pickle, tensor: &TensorLayout, chunks: &[(TensorBox, ItemPlace)]) {
     pickle.instance(METADATA_MODULE, "TensorStorageMetadata");
     pickle.begin_dict();
     pickle.str("properties");
@@ -333,7 +330,7 @@ fn properties(pickle: &mut Pickle, dtype: TorchDType) {
 }
 
 /// `MetadataIndex` to `_StorageInfo`.
-fn place_entry(pickle: &mut Pickle, fqn: &str, chunk: Option<(&[usize], usize)>, place: &Place) {
+fn place_entry(pickle: &mut Pickle, fqn: &str, chunk: Option<(&[usize], usize)>, place: &ItemPlace) {
     pickle.instance(METADATA_MODULE, "MetadataIndex");
     pickle.begin_dict();
     pickle.str("fqn");
