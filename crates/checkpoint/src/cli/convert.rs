@@ -13,7 +13,7 @@ use super::pieces::{Lazy, Source};
 use crate::metadata::TensorStorageMetadata;
 use crate::plan::{GlobalPlan, SavePlan};
 use crate::storage::StorageWriter;
-use crate::threads::{deal, share_of_cores};
+use crate::storage::place::Place;
 use crate::tree::{Node, child};
 use crate::{
     DefaultSavePlanner, Error, FileSystemWriter, Format, Result, SavePlanner as _, SaveReport, hf, torch,
@@ -25,10 +25,10 @@ pub(super) fn convert(args: &Convert, out: &mut Output) -> Result<Found> {
     } else {
         Source::open(&args.from)?
     };
-    let writer = || writer(args.to, &args.to_path, args.max_shard_bytes);
+    let mut writer = writer(args.to, &args.to_path, args.max_shard_bytes);
     let tree =
         if args.tensors_only { tensors_of(&source.metadata.tree) } else { source.metadata.tree.clone() };
-    write(&source, &tree, 1, &writer, &args.to_path, out)
+    write(&source, &tree, 1, writer.as_mut(), &args.to_path, out)
 }
 
 pub(super) fn reshard(args: &Reshard, out: &mut Output) -> Result<Found> {
@@ -39,8 +39,8 @@ pub(super) fn reshard(args: &Reshard, out: &mut Output) -> Result<Found> {
         // Safetensors of several ranks are what our own format is made of.
         (None, Format::Sconce | Format::Safetensors) => To::Sconce,
     };
-    let writer = || writer(to, &args.to_path, u64::MAX);
-    write(&source, &source.metadata.tree, args.world as usize, &writer, &args.to_path, out)
+    let mut writer = writer(to, &args.to_path, u64::MAX);
+    write(&source, &source.metadata.tree, args.world as usize, writer.as_mut(), &args.to_path, out)
 }
 
 fn writer(to: To, path: &Path, max_shard_bytes: u64) -> Box<dyn StorageWriter> {
@@ -51,12 +51,12 @@ fn writer(to: To, path: &Path, max_shard_bytes: u64) -> Box<dyn StorageWriter> {
     }
 }
 
-/// The protocol of a save with all ranks in this process; each has a writer of its own.
+/// The protocol of a save with all ranks in this process, one after the other.
 fn write(
     source: &Source,
     tree: &Node,
     world: usize,
-    new_writer: &(dyn Fn() -> Box<dyn StorageWriter> + Sync),
+    writer: &mut dyn StorageWriter,
     to: &Path,
     out: &mut Output,
 ) -> Result<Found> {
@@ -66,13 +66,13 @@ fn write(
     let states = (0..world).map(rank).collect::<Result<Vec<_>>>()?;
     let plans = states.iter().map(SavePlan::of).collect::<Result<_>>()?;
     let GlobalPlan { layout, writes } = DefaultSavePlanner.global_plan(plans)?;
-    let mut coordinator = new_writer();
-    let place = coordinator.prepare(&layout)?;
-    let written =
-        deal(world, share_of_cores(1), |rank| new_writer().write(&place, &writes[rank], &states[rank]));
-    let outcome = written.and_then(|written| coordinator.finish(layout, written));
+    let place = Place::by_turns(&writer.prepare(&layout)?);
+    let written = place.and_then(|place| {
+        writes.iter().zip(&states).map(|(plan, state)| writer.write(&place, plan, state)).collect()
+    });
+    let outcome = written.and_then(|written| writer.finish(layout, written));
     bar.finish_and_clear();
-    let SaveReport { data_bytes, n_files, .. } = outcome.inspect_err(|_| coordinator.discard())?;
+    let SaveReport { data_bytes, n_files, .. } = outcome.inspect_err(|_| writer.discard())?;
     let took = started.elapsed();
     out.object(&json!({ "path": to, "bytes": data_bytes, "files": n_files, "seconds": took.as_secs_f64() }));
     out.line(format!("{}: {}, {}", to.display(), count(n_files, "file"), rate(data_bytes, took)));

@@ -13,6 +13,7 @@ use super::output::{Output, shape};
 use super::pieces::Source;
 use crate::Result;
 use crate::metadata::TensorStorageMetadata;
+use crate::read::Verified;
 use crate::tree::Node;
 
 /// Compared at a time: 4 MiB of elements of each side.
@@ -77,7 +78,8 @@ fn compare(
     }
     let mut found = Differences::new(one.dtype);
     let (one_open, other_open) = (a.tensor(one)?, b.tensor(other)?);
-    let (mut one_reader, mut other_reader) = (one_open.reader(), other_open.reader());
+    let (mut one_reader, mut other_reader) =
+        (one_open.reader(Verified::default()), other_open.reader(Verified::default()));
     let (mut left, mut right) = (Vec::new(), Vec::new());
     for band in bands(&one.shape) {
         let len = band.numel() * one.dtype.size_bytes();

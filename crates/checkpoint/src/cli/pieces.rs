@@ -2,12 +2,13 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use sconce_dtensor::{DType, LocalTensor, TensorBox, run_boxes};
 
 use crate::Result;
 use crate::metadata::{Metadata, TensorStorageMetadata};
-use crate::read::{BoxReader, OpenTensor};
+use crate::read::{BoxReader, OpenTensor, Verified};
 use crate::storage::StorageReader;
 
 /// What is held of a tensor at a time: a block, and what is left of the one before it if that is short.
@@ -18,6 +19,15 @@ const SHORT_BYTES: usize = PIECE_BYTES / 4;
 pub(super) struct Source {
     reader: Box<dyn StorageReader>,
     pub(super) metadata: Metadata,
+    /// Of the threads that read a moment ago.
+    spare: Mutex<Vec<Buffers>>,
+}
+
+/// What one thread reads with: memory that was touched, and blocks that the next tensor may share.
+#[derive(Default)]
+struct Buffers {
+    verified: Verified,
+    piece: Vec<u8>,
 }
 
 impl Source {
@@ -28,7 +38,7 @@ impl Source {
     pub(super) fn of(reader: Box<dyn StorageReader>) -> Result<Self> {
         let metadata = reader.read_metadata()?;
         metadata.check_ranges(reader.path())?;
-        Ok(Self { reader, metadata })
+        Ok(Self { reader, metadata, spare: Mutex::default() })
     }
 
     /// A tensor of the metadata, its files open.
@@ -48,7 +58,9 @@ impl Source {
         take: &mut dyn FnMut(&[u8]),
     ) -> Result<()> {
         let tensor = self.tensor(saved)?;
-        let (mut reader, mut bytes) = (tensor.reader(), Vec::new());
+        let spare = || self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        let Buffers { verified, mut piece } = spare().pop().unwrap_or_default();
+        let mut reader = tensor.reader(verified);
         let Range { start: mut at, end } = elements;
         while at < end {
             let left_of_block =
@@ -56,11 +68,12 @@ impl Source {
             let is_short = left_of_block * saved.dtype.size_bytes() < SHORT_BYTES;
             let len = left_of_block + if is_short { PIECE_BYTES / saved.dtype.size_bytes() } else { 0 };
             let len = len.min(end - at);
-            bytes.resize(len * saved.dtype.size_bytes(), 0);
-            read_elements(&mut reader, bounds, at, &mut bytes, saved.dtype)?;
-            take(&bytes);
+            piece.resize(len * saved.dtype.size_bytes(), 0);
+            read_elements(&mut reader, bounds, at, &mut piece, saved.dtype)?;
+            take(&piece);
             at += len;
         }
+        spare().push(Buffers { verified: reader.into_verified(), piece });
         Ok(())
     }
 }

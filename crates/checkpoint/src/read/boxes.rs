@@ -2,7 +2,7 @@
 
 use sconce_dtensor::TensorBox;
 
-use super::blocks::Marks;
+use super::blocks::{Marks, Verified};
 use super::copy::{Copier, Own};
 use super::runs::ItemRuns;
 use crate::metadata::{BLOCK_BYTES, ChunkStorageMetadata, Metadata, TensorStorageMetadata};
@@ -40,9 +40,11 @@ impl<'m> OpenTensor<'m> {
         Ok(Self { metadata, position, files, blocks })
     }
 
-    pub(crate) fn reader(&self) -> BoxReader<'_> {
+    /// A reader that has verified blocks of the same checkpoint already, if any.
+    pub(crate) fn reader(&self, verified: Verified) -> BoxReader<'_> {
         let own = Own { alone: &self.blocks, checked: &self.blocks };
-        BoxReader { tensor: self, copier: Copier::new(self.metadata, &self.files, own) }
+        let copier = Copier::new(self.metadata, &self.files, own).cached(verified);
+        BoxReader { tensor: self, copier }
     }
 
     fn saved(&self) -> &'m TensorStorageMetadata {
@@ -61,6 +63,11 @@ impl<'m> OpenTensor<'m> {
 }
 
 impl BoxReader<'_> {
+    /// What the reader of another tensor of the checkpoint may begin with.
+    pub(crate) fn into_verified(self) -> Verified {
+        self.copier.into_verified()
+    }
+
     /// Reads a box of the tensor, row-major, into memory of its size; every block that has a checksum is verified.
     ///
     /// # Errors

@@ -27,7 +27,8 @@ impl Own<'_> {
     }
 }
 
-/// Pieces of this length on are copied past the caches: what is loaded is larger than these are.
+/// Pieces of this length on are copied past the caches, unless they are used at once: what is loaded is larger than these
+/// are.
 const LONG_PIECE: usize = 64 << 10;
 
 /// One thread's copying.
@@ -36,13 +37,27 @@ pub(super) struct Copier<'r> {
     files: &'r [Option<Box<dyn DataFile>>],
     own: Own<'r>,
     verified: Verified,
+    /// Whether what is copied is used at once.
+    stays_cached: bool,
     /// Whether anything was overwritten since this was last set to false.
     pub(super) has_written: bool,
 }
 
 impl<'r> Copier<'r> {
     pub(super) fn new(metadata: &'r Metadata, files: &'r [Option<Box<dyn DataFile>>], own: Own<'r>) -> Self {
-        Self { metadata, files, own, verified: Verified::default(), has_written: false }
+        Self { metadata, files, own, verified: Verified::default(), stays_cached: false, has_written: false }
+    }
+
+    /// One whose copies are used at once, and which has blocks of the same metadata already.
+    #[cfg(feature = "cli")]
+    pub(super) fn cached(self, verified: Verified) -> Self {
+        Self { verified, stays_cached: true, ..self }
+    }
+
+    /// The blocks that it verified last.
+    #[cfg(feature = "cli")]
+    pub(super) fn into_verified(self) -> Verified {
+        self.verified
     }
 
     /// Whether this rank itself reads anything of the items of a box.
@@ -75,7 +90,7 @@ impl<'r> Copier<'r> {
     }
 
     fn copy_run(&mut self, run: ReadRun, to: &mut [u8]) -> Result<()> {
-        let Self { metadata, files, own, verified, has_written } = self;
+        let Self { metadata, files, own, verified, stays_cached, has_written } = self;
         let data = open_file(files, run.file);
         let part = |piece: &ReadRun| {
             let at = piece.dst_bytes - run.dst_bytes;
@@ -86,7 +101,7 @@ impl<'r> Copier<'r> {
             let from = (piece.offset_bytes % crate::BLOCK_BYTES) as usize;
             *has_written = true;
             let (from, to) = (&bytes[from..from + piece.len_bytes], &mut to[part(&piece)]);
-            if piece.len_bytes >= LONG_PIECE {
+            if piece.len_bytes >= LONG_PIECE && !*stays_cached {
                 copy_past_caches(from, to)
             } else {
                 to.copy_from_slice(from)

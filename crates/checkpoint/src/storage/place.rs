@@ -36,6 +36,12 @@ impl Place {
         Self::decode(bytes)
     }
 
+    /// The same place for ranks of one process that write one after the other, each with all cores.
+    #[cfg(feature = "cli")]
+    pub(crate) fn by_turns(bytes: &[u8]) -> Result<Vec<u8>> {
+        Place { n_writers: 1, ..Self::decode(bytes)? }.encode()
+    }
+
     pub(crate) fn dir(&self) -> PathBuf {
         PathBuf::from(OsStr::from_bytes(&self.dir))
     }
