@@ -7,7 +7,8 @@
 //!
 //! Seconds are the median over repeats of the slowest rank. The state is f32 matrices of 1024 × 1024, as a transformer of
 //! that width has. Lines that begin with `limit` are what the machine does for the same bytes on as many processes: plain writes
-//! to new files and to the device, plain reads of cached files, memcpy.
+//! to new files and to the device, plain reads of cached files, memcpy. Replicas are filled with more bytes than the state
+//! has: `limit read of replicas` reads what the ranks of HSDP hold, half of the state each.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark stops at the first failure")]
 
@@ -162,12 +163,21 @@ impl Bench<'_> {
         let seconds = self.timed(5, remove, || limits::write(&path, &source));
         self.report("limit write", seconds, 0);
         let mut to = vec![1u8; mine];
-        limits::read(&path, &mut to);
-        let seconds = self.timed(5, || (), || limits::read(&path, &mut to));
-        self.report("limit read", seconds, 0);
+        self.report("limit read", self.read_limit(&path, &mut to), 0);
         let seconds = self.timed(5, || (), || to.copy_from_slice(source.bytes()));
         self.report("limit memcpy", seconds, 0);
         remove();
+        if self.group.size() == 4 {
+            limits::write(&path, &limits::Pages::new(self.whole_bytes / 2));
+            let mut to = vec![1u8; self.whole_bytes / 2];
+            self.report("limit read of replicas", self.read_limit(&path, &mut to), 0);
+            remove();
+        }
+    }
+
+    fn read_limit(&self, path: &Path, to: &mut [u8]) -> f64 {
+        limits::read(path, to);
+        self.timed(5, || (), || limits::read(path, to))
     }
 
     fn checkpoint(&self, name: &str) -> PathBuf {

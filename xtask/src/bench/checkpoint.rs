@@ -58,6 +58,8 @@ fn table(ours: &Figures, torch: &Figures) -> Table {
     for (key @ (place, ranks, what), figure) in ours {
         let limit = match what.split(' ').next() {
             Some("save") => Some("limit write"),
+            // Each rank is filled with what it holds, whoever else holds it.
+            Some("load") if what == "load hsdp" => Some("limit read of replicas"),
             Some("load") => Some("limit read"),
             Some("staging") => Some("limit memcpy"),
             _ => None,
