@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use sconce_dtensor::{CopyRuns, DType, LocalTensor, StateDict, TensorBox};
 
 use super::{INDEX_NAME, TREE_KEY, header};
+use crate::coordinate::Message as _;
 use crate::format::shard;
 use crate::plan::{Layout, TensorLayout, WriteItem, WritePlan, WrittenFile};
 use crate::region::Region;
@@ -121,7 +122,7 @@ impl StorageWriter for Writer {
     /// # Errors
     /// `Io`, `Tensor`.
     fn write(&mut self, place: &[u8], plan: &WritePlan, state: &StateDict<'_>) -> Result<Vec<WrittenFile>> {
-        let place = Place::of(place)?;
+        let place = Place::decode(place)?;
         let targets = Targets::find(&place.dir())?;
         let tensors = state.flat_tensors().map_err(|error| Error::tensor("", &error))?;
         let mut parts = Vec::new();

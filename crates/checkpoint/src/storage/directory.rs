@@ -12,6 +12,7 @@ use super::place::Place;
 use super::shards::{self, Shard};
 use super::unchanged::{Division, Earlier};
 use super::{Access, DataFile, LocalFile, StorageReader, StorageWriter, commit};
+use crate::coordinate::Message as _;
 use crate::format::{self, MANIFEST_NAME, manifest};
 use crate::metadata::{FileMetadata, Metadata};
 use crate::plan::{Layout, WritePlan, WrittenFile};
@@ -83,7 +84,7 @@ impl StorageWriter for FileSystemWriter {
     }
 
     fn write(&mut self, place: &[u8], plan: &WritePlan, state: &StateDict<'_>) -> Result<Vec<WrittenFile>> {
-        let place = Place::of(place)?;
+        let place = Place::decode(place)?;
         let dir = place.dir();
         let tensors = state.flat_tensors().map_err(|error| Error::tensor("", &error))?;
         let earlier = place.since().and_then(|path| Earlier::open(&path));

@@ -31,11 +31,6 @@ impl Place {
         Place { n_writers: writers.len(), dir: bytes(staging.dir()), since: since.map(bytes) }.encode()
     }
 
-    /// What was encoded.
-    pub(crate) fn of(bytes: &[u8]) -> Result<Self> {
-        Self::decode(bytes)
-    }
-
     /// The same place for ranks of one process that write one after the other, each with all cores.
     #[cfg(feature = "cli")]
     pub(crate) fn by_turns(bytes: &[u8]) -> Result<Vec<u8>> {

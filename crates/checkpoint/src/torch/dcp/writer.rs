@@ -6,6 +6,7 @@ use sconce_dtensor::{StateDict, TensorBox};
 
 use super::METADATA_NAME;
 use super::metadata::Step;
+use crate::coordinate::Message as _;
 use crate::metadata::FileMetadata;
 use crate::plan::{Layout, TensorLayout, WritePlan, WrittenFile, WrittenItem};
 use crate::save::SaveReport;
@@ -75,7 +76,7 @@ impl StorageWriter for Writer {
         }
         let tensors = state.flat_tensors().map_err(|error| Error::tensor("", &error))?;
         let name = format!("__{}_0.distcp", plan.writer);
-        let place = Place::of(place)?;
+        let place = Place::decode(place)?;
         let mut file = ArchiveFile::create(&place.dir().join(&name))?;
         let mut parts = Vec::with_capacity(plan.items.len());
         for item in &plan.items {
