@@ -153,6 +153,25 @@ fn shard_grad_op(world: &ProcessGroup, kind: Kind) {
     assert!(whole <= GRADIENTS + 5.0 + UNITS as f64, "step: {whole} units");
 }
 
+fn a_hundred_steps(world: &ProcessGroup, kind: Kind) {
+    warm_up();
+    let mut trained = Trained::new(world, kind, ShardingStrategy::FullShard, Overlap::default());
+    // The flight recorder keeps 1024 collectives: enough steps to fill it.
+    (0..40).for_each(|_| trained.step());
+    let settled = live_bytes();
+    (0..100).for_each(|_| trained.step());
+    let growth = live_bytes().saturating_sub(settled);
+    assert!(growth < 1 << 12, "grew by {growth} bytes in a hundred steps");
+}
+
+rank_tests! {
+    ranks: RANKS, deadline: Duration::from_secs(300);
+    mod steps_keep_nothing {
+        a_hundred_of_fused_modules => |rank| a_hundred_steps(&rank.world, Kind::Fused);
+        a_hundred_of_candle_nn => |rank| a_hundred_steps(&rank.world, Kind::CandleNn);
+    }
+}
+
 rank_tests! {
     ranks: RANKS, deadline: Duration::from_secs(300);
     mod a_step_holds_no_more_than_its_strategy_needs {
