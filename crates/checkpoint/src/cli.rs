@@ -36,13 +36,18 @@ enum Found {
 pub fn main() -> ExitCode {
     let args = Args::parse();
     let mut out = Output::new(args.json);
-    match run(&args.command, &mut out) {
+    let found = run(&args.command, &mut out);
+    if let Err(error) = &found {
+        out.error(error);
+    }
+    if let Some(failure) = out.failure() {
+        let _ = writeln!(std::io::stderr().lock(), "sconce-ckpt: standard output: {failure}");
+        return ExitCode::from(3);
+    }
+    match found {
         Ok(Found::Nothing) => ExitCode::SUCCESS,
         Ok(Found::Something) => ExitCode::from(1),
-        Err(error) => {
-            out.error(&error);
-            ExitCode::from(3)
-        }
+        Err(_) => ExitCode::from(3),
     }
 }
 

@@ -62,8 +62,13 @@ pub fn find_damage(
     let (n_files, jobs) = match Format::of(path)? {
         Format::Sconce => sconce(path, &reader)?,
         Format::Safetensors => {
-            let metadata = crate::hf::Reader::new(path).read_metadata()?;
-            (metadata.files.len(), Vec::new())
+            let reader = crate::hf::Reader::new(path);
+            let (n_files, damages) = reader.damages()?;
+            if damages.is_empty() {
+                // What the files say together.
+                reader.read_metadata()?;
+            }
+            (n_files, damages.into_iter().map(Err).collect())
         }
         torch => torch_jobs(path, torch)?,
     };

@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
+/// serde_json reads 128 brackets within one another; what holds a tree has a few around it.
+const MAX_JSON_DEPTH: usize = 120;
+
 /// One value of a saved state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Node {
@@ -69,6 +72,29 @@ impl Node {
             }
             (Node::Map(_) | Node::List(_), _) | (_, Node::Map(_) | Node::List(_)) => false,
             (mine, theirs) => (*mine == Node::Tensor) == (*theirs == Node::Tensor),
+        }
+    }
+
+    /// Refuses a tree whose JSON nobody could read back.
+    ///
+    /// # Errors
+    /// `ValueMismatch`.
+    pub(crate) fn check_depth(&self) -> Result<()> {
+        let depth = self.json_depth();
+        if depth > MAX_JSON_DEPTH {
+            let expected = format!("maps and lists nested up to {MAX_JSON_DEPTH} brackets of JSON");
+            return Err(Error::ValueMismatch { fqn: String::new(), expected, got: depth.to_string() });
+        }
+        Ok(())
+    }
+
+    /// Brackets within one another in its JSON.
+    fn json_depth(&self) -> usize {
+        match self {
+            Node::Map(entries) => 3 + entries.iter().map(|(_, node)| node.json_depth()).max().unwrap_or(0),
+            Node::List(items) => 2 + items.iter().map(Node::json_depth).max().unwrap_or(0),
+            Node::Bytes(_) => 2,
+            _ => 1,
         }
     }
 

@@ -180,6 +180,132 @@ fn prune_keeps_what_was_asked_and_watch_reports_it() {
 }
 
 #[test]
+fn prune_goes_on_past_a_checkpoint_that_holds_other_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut small = StateDict::new();
+    small.insert("x", 1i64);
+    for step in 1..=4 {
+        save(dir.path().join(format!("step-{step}")), &small).unwrap();
+    }
+    std::fs::write(dir.path().join("step-1/notes.txt"), "mine").unwrap();
+    let told = ends(dir.path(), &["prune", ".", "--keep-last", "1"], 3);
+    assert!(told.contains("step-1  could not be removed") && told.contains("not a checkpoint's"), "{told}");
+    let mut left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["step-1", "step-4"]);
+}
+
+#[test]
+fn names_of_files_may_be_no_text() {
+    use std::os::unix::ffi::OsStrExt;
+    let dir = tempfile::tempdir().unwrap();
+    let name = std::ffi::OsStr::from_bytes(b"step-\xff-1");
+    save(dir.path().join(name), &state(0.0)).unwrap();
+    let run = |arguments: &[&str], target: &[u8]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sconce-ckpt"));
+        command.args(arguments).arg(name).current_dir(dir.path());
+        if !target.is_empty() {
+            command.arg(std::ffi::OsStr::from_bytes(target));
+        }
+        let output = command.output().unwrap();
+        assert_eq!(
+            output.status.code(),
+            Some(0),
+            "{arguments:?} {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    };
+    for json in [&["--json"][..], &[]] {
+        run(&[json, &["inspect"]].concat(), b"");
+        run(&[json, &["verify"]].concat(), b"");
+        run(&[json, &["plot", "-o", "page.html"]].concat(), b"");
+    }
+    run(&["--json", "convert", "--to", "torch"], b"to-\xff");
+    run(&["--json", "reshard", "-n", "2"], b"two-\xff");
+    ok(dir.path(), &["--json", "watch", ".", "--count", "1"]);
+    ok(dir.path(), &["--json", "prune", ".", "--keep-last", "1"]);
+}
+
+#[test]
+fn diff_and_cat_are_exact() {
+    let dir = tempfile::tempdir().unwrap();
+    let save_one = |name: &str, dtype: DType, bytes: Vec<u8>| {
+        let mut state = StateDict::new();
+        let shape = [bytes.len() / dtype.size_bytes()];
+        state.insert_tensor("t", TensorBuf::new(dtype, &shape, bytes).unwrap());
+        save(dir.path().join(name), &state).unwrap();
+    };
+    let i64s = |values: [i64; 2]| values.into_iter().flat_map(i64::to_le_bytes).collect::<Vec<_>>();
+    save_one("a", DType::I64, i64s([1, 1 << 53]));
+    save_one("b", DType::I64, i64s([1, (1 << 53) + 1]));
+    let told = ends(dir.path(), &["diff", "a", "b", "--tolerance", "0.5"], 1);
+    assert!(told.contains("at most by 1e0; first at [1]: 9007199254740992 and 9007199254740993"), "{told}");
+    ok(dir.path(), &["diff", "a", "b", "--tolerance", "1"]);
+    assert!(ok(dir.path(), &["cat", "b", "t"]).contains("9007199254740993"));
+    // Numbers of one magnitude, in other directions.
+    save_one("c", DType::C64, f32s([0.0, 1.0, 0.6, 0.8].into_iter()));
+    save_one("d", DType::C64, f32s([0.0, 1.0, 0.8, 0.6].into_iter()));
+    let told = ends(dir.path(), &["diff", "c", "d", "--tolerance", "1e-6"], 1);
+    assert!(told.contains("first at [1]: 0.6000000238418579+0.800000011920929j"), "{told}");
+    assert!(ok(dir.path(), &["--json", "cat", "c", "t"]).contains(r#""values":[[0.0,1.0],["#));
+}
+
+#[test]
+fn damaged_safetensors_and_archives_of_torch_are_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    save(at("a"), &state(0.0)).unwrap();
+    ok(dir.path(), &["convert", "a", "hf", "--to", "safetensors", "--max-shard-bytes", "1000"]);
+    let name = "model-00002-of-00003.safetensors";
+    let bytes = std::fs::read(at("hf").join(name)).unwrap();
+    std::fs::write(at("hf").join(name), &bytes[..bytes.len() / 2]).unwrap();
+    let told = ends(dir.path(), &["verify", "hf"], 1);
+    assert!(told.contains(name) && told.contains("in model.net.weight"), "{told}");
+    std::fs::remove_file(at("hf").join(name)).unwrap();
+    assert!(ends(dir.path(), &["verify", "hf"], 1).contains(name));
+
+    let fixture = "../testkit/fixtures/torch/interop/pt_module/checkpoint.pt";
+    let mut bytes = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(fixture)).unwrap();
+    std::fs::write(at("whole.pt"), &bytes).unwrap();
+    assert!(ok(dir.path(), &["verify", "whole.pt"]).contains("whole.pt: whole"));
+    bytes[1220] ^= 1;
+    std::fs::write(at("flipped.pt"), &bytes).unwrap();
+    let told = ends(dir.path(), &["verify", "flipped.pt"], 1);
+    assert!(told.contains("record checkpoint/data/0") && told.contains("in 0.weight"), "{told}");
+    std::fs::write(at("cut.pt"), &bytes[..bytes.len() - 30]).unwrap();
+    ends(dir.path(), &["verify", "cut.pt"], 1);
+}
+
+#[test]
+fn output_that_nobody_can_take_is_told_and_a_reader_that_left_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    save(dir.path().join("a"), &state(0.0)).unwrap();
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let program = || Command::new(env!("CARGO_BIN_EXE_sconce-ckpt"));
+    let mut inspect = program();
+    inspect.args(["inspect", "a"]).current_dir(dir.path()).stdout(full);
+    let output = inspect.output().unwrap();
+    assert_eq!(output.status.code(), Some(3));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("standard output"));
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut inspect = program();
+    inspect.args(["inspect", "a"]).current_dir(dir.path()).stdout(writer);
+    let output = inspect.output().unwrap();
+    assert_eq!((output.status.code(), &output.stderr[..]), (Some(0), &b""[..]));
+}
+
+#[test]
+fn programs_are_told_all_and_people_how_much_more_there_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let many = StateDict::from_iter((0..150).map(|n| (format!("v{n}"), Value::Int(n))));
+    save(dir.path().join("a"), &many).unwrap();
+    assert_eq!(ok(dir.path(), &["--json", "inspect", "a"]).lines().count(), 151);
+    assert!(ok(dir.path(), &["inspect", "a"]).contains("… and 50 more values"));
+    assert_eq!(ok(dir.path(), &["--json", "inspect", "a", "--limit", "3"]).lines().count(), 4);
+}
+
+#[test]
 fn what_is_no_checkpoint_ends_with_3_and_nothing_is_left_of_a_failed_conversion() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir(dir.path().join("empty")).unwrap();

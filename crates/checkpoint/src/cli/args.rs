@@ -59,9 +59,9 @@ pub(super) struct Inspect {
     /// Show the boxes of each tensor and where they lie.
     #[arg(long, short)]
     pub(super) chunks: bool,
-    /// Show at most that many tensors; 0 for all.
-    #[arg(long, default_value_t = 100)]
-    pub(super) limit: usize,
+    /// Show at most that many tensors, and as many values; 0 for all. Without it 100, and all for programs.
+    #[arg(long)]
+    pub(super) limit: Option<usize>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -111,8 +111,8 @@ pub(super) struct Convert {
     /// Begin another file after that many bytes (safetensors).
     #[arg(long, value_name = "BYTES", default_value_t = 5_000_000_000)]
     pub(super) max_shard_bytes: u64,
-    /// Leave out values that are no tensors. Those of torch's are not even looked at, so that classes which are refused do
-    /// no harm.
+    /// Leave out values that are no tensors. Those of torch's directories are not even looked at, so that classes which are
+    /// refused do no harm there; a .pt file has them beside its tensors, and is refused all the same.
     #[arg(long)]
     pub(super) tensors_only: bool,
 }

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::Found;
 use super::args::Cat;
-use super::elements::numbers;
+use super::elements::{Element, numbers};
 use super::inspect::{node_json, text};
 use super::output::{Output, number, shape};
 use super::pieces::Source;
@@ -80,20 +80,19 @@ fn tensor_values(
     let (mut stats, mut shown, mut at) = (Stats::default(), Vec::new(), 0usize);
     let range = args.start..args.start.saturating_add(args.number);
     source.read(tensor, &whole, 0..whole.numel(), &mut |bytes| {
-        numbers(tensor.dtype, bytes, &mut |number| {
-            stats.add(number);
+        numbers(tensor.dtype, bytes, &mut |number| stats.add(number));
+        for element in bytes.chunks_exact(tensor.dtype.size_bytes()) {
             if range.contains(&at) {
-                shown.push(number);
+                shown.push(Element::of(tensor.dtype, element));
             }
             at += 1;
-        });
+        }
     })?;
     let histogram = histogram(source, tensor, &stats)?;
-    let finite = |n: &f64| if n.is_finite() { json!(n) } else { json!(n.to_string()) };
     out.object(&json!({
         "tensor": tensor.fqn, "dtype": tensor.dtype.name(), "shape": tensor.shape, "numel": at, "nan": stats.n_nan,
         "infinite": stats.n_infinite, "min": stats.min, "max": stats.max, "mean": stats.mean, "std": stats.deviation(),
-        "histogram": histogram, "start": args.start, "values": shown.iter().map(finite).collect::<Vec<_>>(),
+        "histogram": histogram, "start": args.start, "values": shown.iter().map(|element| element.json()).collect::<Vec<_>>(),
     }));
     out.line(format!("{}: {} {}, {at} elements", tensor.fqn, tensor.dtype, shape(&tensor.shape)));
     let [min, max, mean, std] = [stats.min, stats.max, stats.mean, stats.deviation()].map(number);
@@ -106,7 +105,7 @@ fn tensor_values(
     bars(&histogram, &stats, out);
     let width = tensor.shape.last().copied().unwrap_or(1).clamp(1, 8);
     for (row, values) in shown.chunks(width).enumerate() {
-        let values: Vec<String> = values.iter().map(|value| format!("{:>12}", number(*value))).collect();
+        let values: Vec<String> = values.iter().map(|value| format!("{:>12}", value.short())).collect();
         out.line(format!("{:>10}  {}", args.start + row * width, values.join(" ")));
     }
     Ok(Found::Nothing)

@@ -62,19 +62,24 @@ fn write(
 ) -> Result<Found> {
     let bar = out.progress(source.metadata.tensor_bytes(), "writing");
     let started = Instant::now();
-    let rank = |rank| Rank { source, rank, world, progress: &bar }.state(tree);
-    let states = (0..world).map(rank).collect::<Result<Vec<_>>>()?;
-    let plans = states.iter().map(SavePlan::of).collect::<Result<_>>()?;
+    let state = |rank| Rank { source, rank, world, progress: &bar }.state(tree);
+    let plan = |rank| {
+        let plan = SavePlan::of(&state(rank)?)?;
+        // The first rank's tree names everything: held once, however many ranks there are.
+        Ok(if rank == 0 { plan } else { SavePlan { tree: Node::Map(Vec::new()), ..plan } })
+    };
+    let plans = (0..world).map(plan).collect::<Result<_>>()?;
     let GlobalPlan { layout, writes } = DefaultSavePlanner.global_plan(plans)?;
     let place = Place::by_turns(&writer.prepare(&layout)?);
     let written = place.and_then(|place| {
-        writes.iter().zip(&states).map(|(plan, state)| writer.write(&place, plan, state)).collect()
+        let write = |(rank, plan)| writer.write(&place, plan, &state(rank)?);
+        writes.iter().enumerate().map(write).collect()
     });
     let outcome = written.and_then(|written| writer.finish(layout, written));
     bar.finish_and_clear();
     let SaveReport { data_bytes, n_files, .. } = outcome.inspect_err(|_| writer.discard())?;
     let took = started.elapsed();
-    out.object(&json!({ "path": to, "bytes": data_bytes, "files": n_files, "seconds": took.as_secs_f64() }));
+    out.object(&json!({ "path": to.display().to_string(), "bytes": data_bytes, "files": n_files, "seconds": took.as_secs_f64() }));
     out.line(format!("{}: {}, {}", to.display(), count(n_files, "file"), rate(data_bytes, took)));
     Ok(Found::Nothing)
 }

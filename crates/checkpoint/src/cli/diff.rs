@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::Found;
 use super::args::Diff;
-use super::elements::numbers;
+use super::elements::Element;
 use super::inspect::text;
 use super::output::{Output, shape};
 use super::pieces::Source;
@@ -108,7 +108,7 @@ struct Differences {
     seen: usize,
     count: usize,
     max_abs: f64,
-    first: Option<(usize, f64, f64)>,
+    first: Option<(usize, Element, Element)>,
 }
 
 impl Differences {
@@ -123,16 +123,11 @@ impl Differences {
         if left == right {
             return;
         }
-        let (mut a, mut b) = (Vec::new(), Vec::new());
-        numbers(self.dtype, left, &mut |n| a.push(n));
-        numbers(self.dtype, right, &mut |n| b.push(n));
         for (nth, (bytes, others)) in left.chunks_exact(size).zip(right.chunks_exact(size)).enumerate() {
             if bytes != others {
-                let (x, y) = (a[nth], b[nth]);
+                let (x, y) = (Element::of(self.dtype, bytes), Element::of(self.dtype, others));
                 self.count += 1;
-                // A NaN on one side is further than any number.
-                let away = if x == y { 0.0 } else { (x - y).abs() };
-                self.max_abs = if away.is_nan() { f64::INFINITY } else { self.max_abs.max(away) };
+                self.max_abs = self.max_abs.max(x.distance(y));
                 self.first.get_or_insert((at + nth, x, y));
             }
         }

@@ -1,7 +1,84 @@
-//! Elements of any dtype as numbers, for statistics and comparisons.
+//! Elements of any dtype: exact, to show and to compare, and as numbers, for statistics.
+
+use std::fmt;
 
 use half::{bf16, f16};
 use sconce_dtensor::DType;
+use serde_json::json;
+
+use super::output::number;
+
+/// One element as it is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Element {
+    Int(i128),
+    Float(f64),
+    Complex(f64, f64),
+}
+
+impl Element {
+    /// The element that these little-endian bytes are.
+    pub(super) fn of(dtype: DType, bytes: &[u8]) -> Self {
+        match dtype {
+            DType::I64 => Element::Int(i64::from_le_bytes(eight(bytes)).into()),
+            DType::U64 => Element::Int(u64::from_le_bytes(eight(bytes)).into()),
+            DType::C64 => {
+                let (re, im) = complex(bytes);
+                Element::Complex(re, im)
+            }
+            // All others are exact as they are.
+            dtype => {
+                let mut float = 0.0;
+                numbers(dtype, bytes, &mut |number| float = number);
+                Element::Float(float)
+            }
+        }
+    }
+
+    /// How far apart two elements of one dtype are; infinitely if one of them is no number.
+    pub(super) fn distance(self, other: Self) -> f64 {
+        if self == other {
+            return 0.0;
+        }
+        let away = match (self, other) {
+            (Element::Int(a), Element::Int(b)) => (a - b).unsigned_abs() as f64,
+            (Element::Float(a), Element::Float(b)) => (a - b).abs(),
+            (Element::Complex(a, b), Element::Complex(c, d)) => (a - c).hypot(b - d),
+            _ => f64::NAN,
+        };
+        if away.is_nan() { f64::INFINITY } else { away }
+    }
+
+    /// For programs: a number, text for what JSON has no number for, a pair for a complex number.
+    pub(super) fn json(self) -> serde_json::Value {
+        let float = |float: f64| if float.is_finite() { json!(float) } else { json!(float.to_string()) };
+        match self {
+            Element::Int(int) => i64::try_from(int).map_or_else(|_| json!(int as u64), |int| json!(int)),
+            Element::Float(one) => float(one),
+            Element::Complex(re, im) => json!([float(re), float(im)]),
+        }
+    }
+
+    /// For people: as short as it can be read.
+    pub(super) fn short(self) -> String {
+        match self {
+            Element::Int(int) => int.to_string(),
+            Element::Float(float) => number(float),
+            Element::Complex(re, im) if im.is_sign_negative() => format!("{}-{}j", number(re), number(-im)),
+            Element::Complex(re, im) => format!("{}+{}j", number(re), number(im)),
+        }
+    }
+}
+
+impl fmt::Display for Element {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Element::Int(int) => write!(f, "{int}"),
+            Element::Float(float) => write!(f, "{float}"),
+            Element::Complex(re, im) => write!(f, "{re}{im:+}j"),
+        }
+    }
+}
 
 /// Calls `each` with the elements of row-major little-endian bytes, in order. A complex number counts as its magnitude.
 pub(super) fn numbers(dtype: DType, bytes: &[u8], each: &mut dyn FnMut(f64)) {
@@ -21,8 +98,8 @@ pub(super) fn numbers(dtype: DType, bytes: &[u8], each: &mut dyn FnMut(f64)) {
         DType::U64 => of(8, &|e| u64::from_le_bytes(eight(e)) as f64),
         DType::F64 => of(8, &|e| f64::from_le_bytes(eight(e))),
         DType::C64 => of(8, &|e| {
-            let (re, im) = (f32::from_le_bytes(four(&e[..4])), f32::from_le_bytes(four(&e[4..])));
-            f64::from(re).hypot(f64::from(im))
+            let (re, im) = complex(e);
+            re.hypot(im)
         }),
         DType::F8E4M3 => of(1, &|e| small(e[0], 4, 7, Specials::OneNan)),
         DType::F8E5M2 => of(1, &|e| small(e[0], 5, 15, Specials::Ieee)),
@@ -30,6 +107,11 @@ pub(super) fn numbers(dtype: DType, bytes: &[u8], each: &mut dyn FnMut(f64)) {
         DType::F8E5M2Fnuz => of(1, &|e| small(e[0], 5, 16, Specials::NegativeZeroIsNan)),
         DType::F8E8M0 => of(1, &|e| if e[0] == 255 { f64::NAN } else { (f64::from(e[0]) - 127.0).exp2() }),
     }
+}
+
+fn complex(bytes: &[u8]) -> (f64, f64) {
+    let part = |bytes| f64::from(f32::from_le_bytes(four(bytes)));
+    (part(&bytes[..4]), part(&bytes[4..]))
 }
 
 fn four(bytes: &[u8]) -> [u8; 4] {
@@ -76,6 +158,25 @@ mod tests {
         let mut number = 0.0;
         numbers(dtype, bytes, &mut |n| number = n);
         number
+    }
+
+    #[test]
+    fn elements_are_exact_and_told_apart() {
+        let int = |n: i64| Element::of(DType::I64, &n.to_le_bytes());
+        let (a, b) = (int(1 << 53), int((1 << 53) + 1));
+        assert_eq!((a.distance(b), a.distance(a)), (1.0, 0.0));
+        assert_eq!((b.short(), b.json()), ("9007199254740993".to_owned(), json!(9_007_199_254_740_993i64)));
+        assert_eq!(Element::of(DType::U64, &u64::MAX.to_le_bytes()).json(), json!(u64::MAX));
+        let complex =
+            |re: f32, im: f32| Element::of(DType::C64, &[re.to_le_bytes(), im.to_le_bytes()].concat());
+        // Of one magnitude.
+        assert_eq!(complex(3.0, 4.0).distance(complex(4.0, 3.0)), 2f64.sqrt());
+        assert_eq!(
+            (complex(3.0, -4.0).short(), complex(3.0, -4.0).to_string()),
+            ("3-4j".into(), "3-4j".into())
+        );
+        assert_eq!(complex(f32::NAN, 0.0).distance(complex(1.0, 0.0)), f64::INFINITY);
+        assert_eq!(Element::of(DType::F32, &f32::INFINITY.to_le_bytes()).json(), json!("inf"));
     }
 
     #[test]

@@ -10,12 +10,19 @@ use crate::metadata::{Metadata, TensorStorageMetadata};
 use crate::tree::{Node, child};
 use crate::{Format, Result};
 
+/// Lines of each kind that a person is shown who asked for no number.
+const SHOWN: usize = 100;
+
 pub(super) fn run(args: &Inspect, out: &mut Output) -> Result<Found> {
     let format = Format::of(&args.path)?;
     let Source { metadata, .. } = Source::open(&args.path)?;
     let is_shown = |fqn: &str| args.filter.as_ref().is_none_or(|filter| matches(filter, fqn));
     summary(args, format, &metadata, out);
-    let limit = if args.limit == 0 { usize::MAX } else { args.limit };
+    let limit = match args.limit {
+        Some(0) => usize::MAX,
+        None if out.is_json() => usize::MAX,
+        limit => limit.unwrap_or(SHOWN),
+    };
     if args.tree {
         tree(&metadata, &is_shown, limit, out);
         return Ok(Found::Nothing);
@@ -35,15 +42,23 @@ pub(super) fn run(args: &Inspect, out: &mut Output) -> Result<Found> {
     if shown.len() > limit {
         out.line(format!("… and {} more tensors (--limit 0 shows all)", shown.len() - limit));
     }
-    let values =
-        metadata.tree.leaves().into_iter().filter(|(name, node)| **node != Node::Tensor && is_shown(name));
+    values(&metadata, &is_shown, limit, out);
+    Ok(Found::Nothing)
+}
+
+fn values(metadata: &Metadata, is_shown: &dyn Fn(&str) -> bool, limit: usize, out: &mut Output) {
+    let mut values = metadata.tree.leaves();
+    values.retain(|(name, node)| **node != Node::Tensor && is_shown(name));
+    let more = values.len().saturating_sub(limit);
     let mut rows = Vec::new();
-    for (name, node) in values.take(limit) {
+    for (name, node) in values.into_iter().take(limit) {
         out.object(&json!({ "value": name, "is": node_json(node) }));
         rows.push(vec![name, text(node)]);
     }
     out.table(&["value", "is"], 2, rows);
-    Ok(Found::Nothing)
+    if more > 0 {
+        out.line(format!("… and {more} more values (--limit 0 shows all)"));
+    }
 }
 
 fn summary(args: &Inspect, format: Format, metadata: &Metadata, out: &mut Output) {
@@ -52,7 +67,7 @@ fn summary(args: &Inspect, format: Format, metadata: &Metadata, out: &mut Output
         metadata.files.iter().map(|file| file.name.split('@').next().unwrap_or(&file.name)).collect();
     let has_checksums = metadata.files.iter().all(|file| file.block_crcs.is_some());
     out.object(&json!({
-        "path": args.path, "format": format.name(), "tensors": metadata.tensors.len(), "chunks": n_chunks,
+        "path": args.path.display().to_string(), "format": format.name(), "tensors": metadata.tensors.len(), "chunks": n_chunks,
         "bytes": metadata.tensor_bytes(), "files": names.len(), "checksums": has_checksums,
     }));
     let version =

@@ -1,20 +1,37 @@
 //! What the program prints: text and tables for people, JSON lines for programs.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 
 use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::Error;
 
-/// Where a command's words go. A reader that went away ends nothing: there is nobody to tell.
+/// Where a command's words go. What cannot be written ends no command before its work is done.
 pub(super) struct Output {
     json: bool,
+    /// Why nothing more can be written.
+    failed: Option<io::Error>,
 }
 
 impl Output {
     pub(super) fn new(json: bool) -> Self {
-        Self { json }
+        Self { json, failed: None }
+    }
+
+    /// Whether programs read it.
+    pub(super) fn is_json(&self) -> bool {
+        self.json
+    }
+
+    /// Whether nobody can be told anything any more.
+    pub(super) fn is_closed(&self) -> bool {
+        self.failed.is_some()
+    }
+
+    /// Why something was not written, unless its reader went away: that one knows.
+    pub(super) fn failure(&self) -> Option<&io::Error> {
+        self.failed.as_ref().filter(|e| e.kind() != io::ErrorKind::BrokenPipe)
     }
 
     /// For people.
@@ -33,12 +50,15 @@ impl Output {
 
     /// As it is.
     pub(super) fn text(&mut self, text: &str) {
-        let _ = std::io::stdout().lock().write_all(text.as_bytes());
+        if self.failed.is_none() {
+            let mut stdout = io::stdout().lock();
+            self.failed = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).err();
+        }
     }
 
     pub(super) fn error(&mut self, error: &Error) {
         self.object(&serde_json::json!({ "error": error.to_string() }));
-        let _ = writeln!(std::io::stderr().lock(), "sconce-ckpt: {error}");
+        let _ = writeln!(io::stderr().lock(), "sconce-ckpt: {error}");
     }
 
     /// A table whose columns from `numbers` on are numbers.
@@ -62,7 +82,7 @@ impl Output {
 
     /// A bar over bytes with rate and time left, on a terminal.
     pub(super) fn progress(&self, bytes: u64, what: &'static str) -> ProgressBar {
-        if self.json || !std::io::stderr().is_terminal() {
+        if self.json || !io::stderr().is_terminal() {
             return ProgressBar::hidden();
         }
         let bar = ProgressBar::new(bytes).with_message(what);

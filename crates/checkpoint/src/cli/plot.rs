@@ -43,7 +43,7 @@ pub(super) fn run(args: &Plot, out: &mut Output) -> Result<Found> {
     let Source { metadata, .. } = Source::open(&args.path)?;
     let page = page(&args.path.display().to_string(), format, &metadata);
     std::fs::write(&args.output, page).map_err(|e| Error::io("write", &args.output, &e))?;
-    out.object(&json!({ "page": args.output }));
+    out.object(&json!({ "page": args.output.display().to_string() }));
     out.line(format!("wrote {}", args.output.display()));
     Ok(Found::Nothing)
 }

@@ -13,20 +13,27 @@ use crate::{Error, Format, Result};
 pub(super) fn run(args: &Prune, out: &mut Output) -> Result<Found> {
     let found = checkpoints(&args.path)?;
     let first_kept = found.len().saturating_sub(args.keep_last as usize);
+    let mut failed = Ok(Found::Nothing);
     for (nth, (step, path)) in found.iter().enumerate() {
         let is_multiple = args.keep_every.is_some_and(|every| every > 0 && step % every == 0);
         let is_kept = nth >= first_kept || is_multiple;
-        let is_gone = !is_kept && !args.dry_run && remove(path)?;
-        out.object(&json!({ "path": path, "kept": is_kept, "removed": is_gone }));
-        let done = match (is_kept, args.dry_run, is_gone) {
+        let removed = if is_kept || args.dry_run { Ok(false) } else { remove(path) };
+        let is_gone = matches!(removed, Ok(true));
+        out.object(&json!({ "path": path.display().to_string(), "kept": is_kept, "removed": is_gone }));
+        let done = match (is_kept, args.dry_run, &removed) {
             (true, ..) => "kept",
             (false, true, _) => "would be removed",
-            (false, false, true) => "removed",
-            (false, false, false) => "in use, kept",
+            (false, false, Ok(true)) => "removed",
+            (false, false, Ok(false)) => "in use, kept",
+            (false, false, Err(_)) => "could not be removed",
         };
         out.line(format!("{}  {done}", path.display()));
+        // The others are removed all the same.
+        if let (Err(error), Ok(_)) = (removed, &failed) {
+            failed = Err(error);
+        }
     }
-    Ok(Found::Nothing)
+    failed
 }
 
 /// Committed checkpoints whose names end in a number, by that number. Anything else is left alone.
@@ -51,7 +58,14 @@ pub(super) fn checkpoints(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
 /// Removes a checkpoint, unless somebody reads it or writes to it: whether it is gone.
 fn remove(path: &Path) -> Result<bool> {
     if Format::of(path)? == Format::Sconce {
-        return Ok(remove_unused(path)? == Removal::Gone);
+        let removed = remove_unused(path).map_err(|error| match error {
+            Error::AlreadyExists { path, .. } => {
+                let other = std::io::Error::other("it holds files that are not a checkpoint's");
+                Error::io("remove", &path, &other)
+            }
+            other => other,
+        });
+        return Ok(removed? == Removal::Gone);
     }
     // Out of the way by one rename, so that nobody sees half of it.
     let mut name = path.file_name().map(ToOwned::to_owned).unwrap_or_default();

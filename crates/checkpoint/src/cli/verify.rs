@@ -20,7 +20,7 @@ pub(super) fn run(args: &Verify, out: &mut Output) -> Result<Found> {
     bar.finish_and_clear();
     show(&args.path.display().to_string(), &report, out);
     out.object(&json!({
-        "path": args.path, "files": report.n_files, "checked_bytes": report.checked_bytes,
+        "path": args.path.display().to_string(), "files": report.n_files, "checked_bytes": report.checked_bytes,
         "seconds": took.as_secs_f64(), "damages": report.damages.len(),
     }));
     if report.checked_bytes > 0 {

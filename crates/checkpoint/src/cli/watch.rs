@@ -1,6 +1,7 @@
 //! `watch`: checkpoints of a directory are reported when they are committed.
 
 use std::collections::HashSet;
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::json;
@@ -27,30 +28,34 @@ pub(super) fn run(args: &Watch, out: &mut Output) -> Result<Found> {
             if !seen.insert((path.clone(), inode)) {
                 continue;
             }
-            let metadata = match Source::open(&path) {
-                Ok(source) => source.metadata,
+            match tell(&path, args.verify, out) {
+                Ok(Found::Nothing) => {}
+                Ok(Found::Something) => found = Found::Something,
                 // Pruned meanwhile.
-                Err(_) if !path.exists() => continue,
+                Err(_) if !path.exists() => {}
                 Err(error) => {
                     out.error(&error);
                     found = Found::Something;
-                    continue;
-                }
-            };
-            let (tensors, bytes) = (metadata.tensors.len(), metadata.tensor_bytes());
-            out.object(&json!({ "path": path, "tensors": tensors, "bytes": bytes }));
-            out.line(format!("{}  {tensors} tensors, {}", path.display(), size(bytes)));
-            if args.verify {
-                let report = crate::find_damage(&path, 1, &|_| {})?;
-                verify::show(&path.display().to_string(), &report, out);
-                if !report.damages.is_empty() {
-                    found = Found::Something;
                 }
             }
-            if args.count.is_some_and(|count| seen.len() >= count) {
+            if out.is_closed() || args.count.is_some_and(|count| seen.len() >= count) {
                 return Ok(found);
             }
         }
         std::thread::sleep(interval);
     }
+}
+
+/// Reports one checkpoint, and whether it is damaged.
+fn tell(path: &Path, verify: bool, out: &mut Output) -> Result<Found> {
+    let Source { metadata, .. } = Source::open(path)?;
+    let (tensors, bytes) = (metadata.tensors.len(), metadata.tensor_bytes());
+    out.object(&json!({ "path": path.display().to_string(), "tensors": tensors, "bytes": bytes }));
+    out.line(format!("{}  {tensors} tensors, {}", path.display(), size(bytes)));
+    if !verify {
+        return Ok(Found::Nothing);
+    }
+    let report = crate::find_damage(path, 1, &|_| {})?;
+    verify::show(&path.display().to_string(), &report, out);
+    Ok(if report.damages.is_empty() { Found::Nothing } else { Found::Something })
 }

@@ -15,6 +15,9 @@ use crate::{Error, Result};
 /// Data begin at a multiple of this.
 const ALIGN_BYTES: usize = 4096;
 
+/// Longer headers are refused by the safetensors library, and by us.
+pub(crate) const MAX_HEADER_BYTES: u64 = 100_000_000;
+
 /// One tensor of a file.
 #[derive(Debug, Clone)]
 pub(crate) struct Entry {
@@ -73,6 +76,7 @@ pub(crate) fn whole_header(
 ) -> Result<(Vec<u8>, u64)> {
     let mut metadata = BTreeMap::from([("format", "pt".to_owned())]);
     if let Some(tree) = tree {
+        tree.check_depth()?;
         metadata.insert(tree_key, String::from_utf8_lossy(&to_json(tree)?).into_owned());
     }
     let (bytes, _, end) = build(entries, metadata)?;
@@ -92,6 +96,11 @@ fn build(entries: &[Entry], metadata: BTreeMap<&'static str, String>) -> Result<
     }
     let mut json = to_json(&Header { metadata, tensors })?;
     json.resize((json.len() + 8).next_multiple_of(ALIGN_BYTES) - 8, b' ');
+    if json.len() as u64 > MAX_HEADER_BYTES {
+        let cause =
+            format!("a safetensors header of {} bytes, at most {MAX_HEADER_BYTES} are read", json.len());
+        return Err(Error::Tensor { fqn: String::new(), cause });
+    }
     let data = (json.len() + 8) as u64;
     let bytes = [&(json.len() as u64).to_le_bytes()[..], &json].concat();
     Ok((bytes, starts.into_iter().map(|start| data + start as u64).collect(), data + end as u64))

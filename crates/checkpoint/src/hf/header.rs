@@ -6,11 +6,9 @@ use sconce_dtensor::{DType, OrderedMap};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
+use crate::format::shard::MAX_HEADER_BYTES;
 use crate::region::Region;
 use crate::{Error, Result};
-
-/// The longest header that the safetensors crate accepts.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// What a file holds.
 #[derive(Debug)]

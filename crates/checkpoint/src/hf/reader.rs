@@ -7,6 +7,7 @@ use sconce_dtensor::{DType, TensorBox};
 use serde::Deserialize;
 
 use super::{TREE_KEY, header};
+use crate::damage::Damage;
 use crate::metadata::{ChunkStorageMetadata, FileMetadata, Metadata, TensorStorageMetadata};
 use crate::region::Region;
 use crate::storage::{Access, DataFile, LocalFile, StorageReader};
@@ -49,6 +50,30 @@ impl Reader {
     /// A reader of the file or directory at `path`.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into() }
+    }
+
+    /// The number of files, and the damage of those that are not there or whose headers do not fit them.
+    ///
+    /// # Errors
+    /// `Missing`, `NotACheckpoint`, `Refused`; what keeps the index from being read.
+    pub(crate) fn damages(&self) -> Result<(usize, Vec<Damage>)> {
+        let (files, by_name) = self.files()?;
+        let mut damages = Vec::new();
+        for path in &files {
+            match Region::open(path, true).and_then(|file| header::read(&file)) {
+                Ok(_) => {}
+                Err(error @ Error::Refused { .. }) => return Err(error),
+                Err(error) => {
+                    let within = by_name.iter().flatten().filter(|(_, file)| *file == path);
+                    let mut fqns: Vec<String> = within.map(|(fqn, _)| fqn.clone()).collect();
+                    fqns.sort();
+                    let file = path.strip_prefix(&self.path).ok().filter(|name| !name.as_os_str().is_empty());
+                    let file = file.unwrap_or(path).display().to_string();
+                    damages.push(Damage { file, offset_bytes: 0, what: error.to_string(), fqns });
+                }
+            }
+        }
+        Ok((files.len(), damages))
     }
 
     /// The files that are to be read.

@@ -12,7 +12,7 @@ mod metadata;
 mod reader;
 mod writer;
 
-pub(super) use item::{item_region, whole_item};
+pub(super) use item::{decompressed, item_region};
 pub(super) use metadata::Place;
 pub use reader::Reader;
 pub use writer::Writer;

@@ -218,20 +218,29 @@ impl Reading<'_> {
 
     fn map(&mut self, entries: &[(Item, Item)], at: &str, depth: usize) -> Result<Node> {
         // The later of equal keys holds, in the place of the first, as in Python.
-        let mut last: OrderedMap<String, Item> = OrderedMap::new();
+        let mut last: OrderedMap<String, (Item, Item)> = OrderedMap::new();
         for (item, value) in entries {
             let key = self.key(*item);
             let key =
                 key.ok_or_else(|| self.refuse(at, format!("the key {}", self.pickle.describe(*item))))?;
             self.spend(at, NODE_BYTES + key.len())?;
-            last.insert(key, *value);
+            let earlier = last.get(&key).map(|(earlier, _)| *earlier);
+            if earlier.is_some_and(|earlier| !self.is_same_kind(earlier, *item)) {
+                return Err(self.refuse(at, format!("two keys that are both {key:?} as text")));
+            }
+            last.insert(key, (*item, *value));
         }
         let mut map = Vec::with_capacity(last.len());
-        for (key, value) in last {
+        for (key, (_, value)) in last {
             let node = self.node(value, &child(at, &key), depth + 1)?;
             map.push((key, node));
         }
         Ok(Node::Map(map))
+    }
+
+    /// Whether two keys whose text is equal are equal in Python as well.
+    fn is_same_kind(&self, one: Item, other: Item) -> bool {
+        self.pickle.str(one).is_some() == self.pickle.str(other).is_some()
     }
 
     /// torch's own flattening turns every key into text.

@@ -91,6 +91,11 @@ impl Archive {
         self.region.part(record.start, record.len)
     }
 
+    /// Whether torch computed checksums: `torch.serialization.set_crc32_options(False)` leaves zeros.
+    pub(crate) fn has_checksums(&self) -> bool {
+        self.records.iter().any(|record| record.crc32 != 0)
+    }
+
     /// Every record's bytes, its name and the checksum that torch stored.
     pub(crate) fn checked_records(&self) -> impl Iterator<Item = (&str, Option<Region>, u32)> {
         self.records.iter().map(|r| (r.name.as_str(), self.region.part(r.start, r.len), r.crc32))

@@ -8,21 +8,7 @@ use super::rows::{ChunkRow, FileRow, Prelude, TensorRow};
 use super::{Head, MAGIC, Section, Sections};
 use crate::format::MAJOR_VERSION;
 use crate::metadata::{FileMetadata, Metadata, TensorStorageMetadata};
-use crate::tree::Node;
 use crate::{Error, Result};
-
-/// serde_json reads 128 brackets within one another; the head has one around the tree.
-const MAX_DEPTH: usize = 120;
-
-/// Brackets within one another in the JSON of a node.
-fn json_depth(node: &Node) -> usize {
-    match node {
-        Node::Map(entries) => 3 + entries.iter().map(|(_, node)| json_depth(node)).max().unwrap_or(0),
-        Node::List(items) => 2 + items.iter().map(json_depth).max().unwrap_or(0),
-        Node::Bytes(_) => 2,
-        _ => 1,
-    }
-}
 
 /// The columns while they grow.
 #[derive(Default)]
@@ -41,11 +27,7 @@ struct Columns {
 /// `Tensor` for a tensor of more than 255 dims, a name of 4 GiB, or a file without checksums; `ValueMismatch` for a state
 /// nested deeper than a reader follows.
 pub(crate) fn encode(metadata: &Metadata) -> Result<Vec<u8>> {
-    let depth = json_depth(&metadata.tree);
-    if depth > MAX_DEPTH {
-        let expected = format!("maps and lists nested up to {MAX_DEPTH} brackets of JSON");
-        return Err(Error::ValueMismatch { fqn: String::new(), expected, got: depth.to_string() });
-    }
+    metadata.tree.check_depth()?;
     let mut columns = Columns::default();
     metadata.tensors.iter().try_for_each(|tensor| columns.push_tensor(tensor))?;
     metadata.files.iter().try_for_each(|file| columns.push_file(file))?;

@@ -19,7 +19,7 @@ const ZSTD: &str = "stream.zstd/1";
 /// What an archive may take beside its tensor.
 const ARCHIVE_BYTES: u64 = 1 << 20;
 /// The longest value that is decompressed.
-const MAX_VALUE_BYTES: u64 = 1 << 30;
+pub(super) const MAX_VALUE_BYTES: u64 = 1 << 30;
 
 /// A chunk that is to be read.
 #[derive(Debug, Clone)]
@@ -41,6 +41,11 @@ pub(super) enum ChunkFile {
 impl Chunk {
     pub(super) fn len_bytes(&self) -> u64 {
         (self.bounds.numel() * self.dtype.size_bytes()) as u64
+    }
+
+    /// How long its archive may be.
+    pub(super) fn most_archive_bytes(&self) -> u64 {
+        self.len_bytes() + ARCHIVE_BYTES
     }
 
     /// Finds the chunk in its file.
@@ -109,7 +114,7 @@ impl Chunk {
     }
 
     fn make(&self, file: &Region) -> Result<Region> {
-        let region = decompressed(part(file, &self.place)?, &self.place, self.len_bytes() + ARCHIVE_BYTES)?;
+        let region = decompressed(part(file, &self.place)?, &self.place, self.most_archive_bytes())?;
         let path = region.owned_path();
         let stored = self.in_archive(region)?;
         if stored.is_contiguous() {
@@ -135,11 +140,6 @@ pub(in crate::torch) fn item_region(file: &Region, place: &Place) -> Result<Opti
     part(file, place).map(Some)
 }
 
-/// An item's bytes as they were before they were compressed.
-pub(in crate::torch) fn whole_item(region: Region, place: &Place) -> Result<Region> {
-    decompressed(region, place, MAX_VALUE_BYTES)
-}
-
 fn part(file: &Region, place: &Place) -> Result<Region> {
     file.part(place.offset_bytes, place.len_bytes).ok_or_else(|| Error::Length {
         path: file.owned_path(),
@@ -159,7 +159,8 @@ fn safetensors_image(file: &Region, place: &Place) -> Result<Option<Region>> {
     Ok(file.part(place.offset_bytes, rest).filter(|_| is_image))
 }
 
-fn decompressed(region: Region, place: &Place, limit: u64) -> Result<Region> {
+/// An item's bytes as they were before they were compressed, `limit` at most.
+pub(in crate::torch) fn decompressed(region: Region, place: &Place, limit: u64) -> Result<Region> {
     match &place.transforms[..] {
         [] => return Ok(region),
         [only] if only == ZSTD || only.starts_with("stream.zstd/1.") => {}

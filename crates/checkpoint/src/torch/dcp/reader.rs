@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use super::METADATA_NAME;
-use super::item::{Chunk, read_value};
+use super::item::{Chunk, MAX_VALUE_BYTES, read_value};
 use super::metadata::{self, DcpMetadata, DcpTensor, Place, Step};
 use crate::metadata::{ChunkStorageMetadata, FileMetadata, Metadata, TensorStorageMetadata};
 use crate::region::Region;
@@ -66,14 +66,19 @@ impl Reader {
         Self { tensors_only: true, ..Self::new(path) }
     }
 
-    /// Every item: its name and its place.
-    pub(in crate::torch) fn places(&self) -> Result<Vec<(String, Place)>> {
+    /// Every item: its name, its place, and the most bytes that its archive may have.
+    pub(in crate::torch) fn places(&self) -> Result<Vec<(String, Place, u64)>> {
         let decoded = self.decode()?;
-        let of_tensor = |tensor: DcpTensor| {
-            let fqn = tensor.fqn;
-            tensor.chunks.into_iter().map(move |(_, place)| (fqn.clone(), place))
+        let of_tensor = |DcpTensor { fqn, dtype, chunks, .. }: DcpTensor| {
+            chunks.into_iter().map(move |(bounds, place)| {
+                let chunk = Chunk { fqn: fqn.clone(), dtype, bounds, place };
+                let most = chunk.most_archive_bytes();
+                (chunk.fqn, chunk.place, most)
+            })
         };
-        Ok(decoded.tensors.into_iter().flat_map(of_tensor).chain(decoded.values).collect())
+        let of_value = |(fqn, place)| (fqn, place, MAX_VALUE_BYTES);
+        let values = decoded.values.into_iter().map(of_value);
+        Ok(decoded.tensors.into_iter().flat_map(of_tensor).chain(values).collect())
     }
 
     /// All that the metadata says: one file's, or that of every rank.

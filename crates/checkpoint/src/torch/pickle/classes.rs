@@ -45,6 +45,8 @@ pub(in crate::torch) enum Class {
     Str,
     Bool,
     Complex,
+    /// How some versions of Python write the member of an enumeration.
+    GetAttr,
 }
 
 /// Where torch has kept the classes of its checkpoints: now, before 2.0, and before 2.3 for tensor properties.
@@ -90,7 +92,7 @@ const OTHERS: [(&str, &str, Class); 17] = [
     ("_io", "BytesIO", Class::BytesIo),
 ];
 
-const BUILTINS: [(&str, Class); 12] = [
+const BUILTINS: [(&str, Class); 13] = [
     ("bytes", Class::Bytes),
     ("bytearray", Class::ByteArray),
     ("set", Class::Set),
@@ -103,6 +105,7 @@ const BUILTINS: [(&str, Class); 12] = [
     ("str", Class::Str),
     ("bool", Class::Bool),
     ("complex", Class::Complex),
+    ("getattr", Class::GetAttr),
 ];
 
 impl Class {

@@ -316,6 +316,16 @@ impl<'p> Machine<'p> {
                 self.charge(*text)?;
                 Object::Bytes(self.encode(*text, *encoding)?)
             }
+            // Python 3.11.2 and its like write a member as getattr(enumeration, name), others as enumeration(value).
+            (Class::GetAttr, [Item::Class(class @ Class::MemFormatEncoding), Item::Str(_)]) => {
+                Object::Made { class: *class, arguments, state: Item::None }
+            }
+            (Class::GetAttr, _) => {
+                return Err(Fault::refused(
+                    self.op_at,
+                    "getattr of anything but the member of an enumeration",
+                ));
+            }
             (class, _) => Object::Made { class, arguments, state: Item::None },
         };
         self.make(object)

@@ -24,7 +24,20 @@ fn a_class_that_is_not_on_the_list_is_refused_by_name() {
     refused(b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "os.system");
     refused(b"\x80\x02c__builtin__\neval\n.", "__builtin__.eval");
     refused(b"\x80\x02ctorch\nload\n.", "torch.load");
-    refused(b"\x80\x02c__builtin__\ngetattr\n.", "getattr");
+}
+
+#[test]
+fn members_of_enumerations_are_found_by_name_or_value_and_nothing_else_is_found_so() {
+    const BY_NAME: &[u8] = b"\x80\x02c__builtin__\ngetattr\nctorch.distributed.checkpoint.metadata\n\
+        _MEM_FORMAT_ENCODING\nX\x10\x00\x00\x00TORCH_CONTIGUOUS\x86R.";
+    const BY_VALUE: &[u8] =
+        b"\x80\x02ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nK\x00\x85R.";
+    for member in [BY_NAME, BY_VALUE] {
+        let (pickle, _) = load(member).unwrap();
+        assert!(pickle.made(pickle.root(), Class::MemFormatEncoding).is_some());
+    }
+    refused(b"\x80\x02c__builtin__\ngetattr\nctorch\nSize\nX\x05\x00\x00\x00count\x86R.", "getattr");
+    refused(b"\x80\x02c__builtin__\ngetattr\nX\x01\x00\x00\x00aX\x05\x00\x00\x00count\x86R.", "getattr");
 }
 
 #[test]
