@@ -98,6 +98,29 @@ impl Node {
         }
     }
 
+    /// The tree without its other values. Lists become maps: their items keep their names.
+    #[cfg(feature = "torch")]
+    pub(crate) fn tensors_only(&self) -> Node {
+        let keep = |node: &Node| match node {
+            Node::Tensor => Some(Node::Tensor),
+            Node::Map(_) | Node::List(_) => {
+                let below = node.tensors_only();
+                matches!(&below, Node::Map(entries) if !entries.is_empty()).then_some(below)
+            }
+            _ => None,
+        };
+        match self {
+            Node::Map(entries) => {
+                Node::Map(entries.iter().filter_map(|(key, node)| Some((key.clone(), keep(node)?))).collect())
+            }
+            Node::List(items) => {
+                let numbered = items.iter().enumerate();
+                Node::Map(numbered.filter_map(|(nth, node)| Some((nth.to_string(), keep(node)?))).collect())
+            }
+            other => other.clone(),
+        }
+    }
+
     /// The values of the leaves that are no tensors, in order.
     pub(crate) fn plain_leaves(&self) -> Vec<Node> {
         let leaves = self.leaves().into_iter().filter(|(_, node)| **node != Node::Tensor);

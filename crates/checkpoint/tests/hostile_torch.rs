@@ -11,7 +11,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use sconce_checkpoint::{Error, LoadOptions, load_new_from, open};
+use sconce_checkpoint::{Error, LoadOptions, find_damage, load_new_from, open};
+use sconce_dtensor::Value;
 
 /// A record of an archive, and what is wrong with it.
 #[derive(Clone, Default)]
@@ -21,6 +22,7 @@ struct Entry {
     method: u16,
     flags: u16,
     attributes: u32,
+    crc: Option<u32>,
     /// Of the central directory, in the place of the real ones.
     offset: Option<u32>,
     len: Option<u32>,
@@ -39,7 +41,7 @@ fn zip(entries: &[Entry]) -> Vec<u8> {
             for field in [e.flags, e.method, 0, 0] {
                 out.extend_from_slice(&field.to_le_bytes());
             }
-            for field in [crc32fast::hash(&e.bytes), len, len] {
+            for field in [e.crc.unwrap_or_else(|| crc32fast::hash(&e.bytes)), len, len] {
                 out.extend_from_slice(&field.to_le_bytes());
             }
             out.extend_from_slice(&(e.name.len() as u16).to_le_bytes());
@@ -75,6 +77,12 @@ fn saved(pickle: &[u8]) -> Vec<Entry> {
 /// `{"x": value}`, where `value` are opcodes.
 fn dict(value: &[u8]) -> Vec<u8> {
     [&b"\x80\x02}X\x01\x00\x00\x00x"[..], value, b"s."].concat()
+}
+
+/// A tensor of the storage of two floats: the opcodes of its size and stride are given.
+fn tensor(size: &[u8], stride: &[u8]) -> Vec<u8> {
+    let storage = b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x02tQK\x00";
+    [&storage[..], size, b"\x85", stride, b"\x85", b"\x89ccollections\nOrderedDict\n)RtR"].concat()
 }
 
 /// Opening what is at `path` fails; how.
@@ -197,10 +205,6 @@ fn values_that_multiply_through_the_memo_are_refused() {
 fn lengths_that_lie_are_found_out() {
     refused_file(&zip(&saved(&dict(b"X\xff\xff\xff\x7fabc"))), &["are left"]);
     // A tensor of more elements than its storage: (2^40,) of a storage of 8 bytes.
-    let tensor = |shape: &[u8], strides: &[u8]| {
-        let storage = b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x02tQK\x00";
-        [&storage[..], shape, b"\x85", strides, b"\x85", b"\x89ccollections\nOrderedDict\n)RtR"].concat()
-    };
     assert_eq!(load_ok(&zip(&saved(&dict(&tensor(b"K\x02", b"K\x01"))))), 1);
     let huge = b"\x8a\x06\x00\x00\x00\x00\x00\x01";
     refused_file(&zip(&saved(&dict(&tensor(huge, b"K\x01")))), &["larger than its storage"]);
@@ -319,4 +323,54 @@ fn directories_of_another_kind_are_no_checkpoints() {
     let told = failure(dir.path()).to_string();
     assert!(told.contains("model.safetensors"), "{told}");
     assert!(matches!(failure(&dir.path().join("nowhere")), Error::Missing { .. }));
+}
+
+#[test]
+fn keys_that_only_their_kinds_tell_apart_are_refused() {
+    let value = dict(b"}(K\x01K\x05X\x01\x00\x00\x001K\x06u");
+    refused_file(&zip(&saved(&value)), &["two keys", "\"1\""]);
+    // One key twice is one key in Python too.
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file.pt");
+    fs::write(&path, zip(&saved(&dict(b"}(K\x01K\x05K\x01K\x06u")))).unwrap();
+    let state = load_new_from(open(&path).unwrap().as_ref(), LoadOptions::default()).unwrap();
+    let Some(Value::Map(inner)) = state.get("x") else { panic!("no map") };
+    assert_eq!(inner.get("1").and_then(|value| value.as_int()), Some(6));
+}
+
+/// `torch.serialization.set_crc32_options(False)` leaves zeros.
+#[test]
+fn archives_without_checksums_are_not_compared_with_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file.pt");
+    let mut entries = saved(&dict(b"K\x05"));
+    fs::write(&path, zip(&entries)).unwrap();
+    assert!(find_damage(&path, 1, &|_| {}).unwrap().checked_bytes > 0);
+    entries.iter_mut().for_each(|entry| entry.crc = Some(0));
+    fs::write(&path, zip(&entries)).unwrap();
+    let report = find_damage(&path, 1, &|_| {}).unwrap();
+    assert_eq!((report.n_files, report.checked_bytes, report.damages), (1, 0, vec![]));
+}
+
+#[test]
+fn classes_that_are_not_on_the_list_do_no_harm_to_who_wants_tensors_alone() {
+    let tensor = tensor(b"K\x02", b"K\x01");
+    let name = |text: &[u8]| [b"X", &(text.len() as u32).to_le_bytes()[..], text].concat();
+    // An instance with items, entries and a state; a call of what a call returned, with keyword arguments; a member.
+    let odd: [&[u8]; 3] = [
+        b"cargparse\nNamespace\n)\x81(K\x01K\x02e(K\x01K\x02u}b",
+        b"cos\nsystem\nX\x02\x00\x00\x00ls\x85R)}\x92",
+        b"cbuiltins\ngetattr\ncmine\nEnum\nX\x01\x00\x00\x00A\x86R",
+    ];
+    for odd in odd {
+        let value = [&b"}("[..], &name(b"odd"), odd, &name(b"w"), &tensor, &name(b"n"), b"K\x05u"].concat();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file.pt");
+        fs::write(&path, zip(&saved(&dict(&value)))).unwrap();
+        assert!(matches!(failure(&path), Error::Refused { .. }));
+        let reader = sconce_checkpoint::torch::PtReader::tensors_only(&path);
+        let state = load_new_from(&reader, LoadOptions::default()).unwrap();
+        let Some(Value::Map(inner)) = state.get("x") else { panic!("no map") };
+        assert_eq!(inner.iter().map(|(key, _)| key).collect::<Vec<_>>(), ["w"]);
+    }
 }

@@ -46,6 +46,14 @@ pub(super) enum Command {
     Man,
 }
 
+/// What is read beside tensors.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(super) struct Values {
+    /// Leave out values that are no tensors. Of torch's no class is refused then, since nothing is made of any.
+    #[arg(long)]
+    pub(super) tensors_only: bool,
+}
+
 #[derive(Debug, clap::Args)]
 pub(super) struct Inspect {
     /// The checkpoint: a directory, a .safetensors file or a .pt file.
@@ -62,6 +70,8 @@ pub(super) struct Inspect {
     /// Show at most that many tensors, and as many values; 0 for all. Without it 100, and all for programs.
     #[arg(long)]
     pub(super) limit: Option<usize>,
+    #[command(flatten)]
+    pub(super) values: Values,
 }
 
 #[derive(Debug, clap::Args)]
@@ -85,6 +95,8 @@ pub(super) struct Diff {
     /// Compare names, shapes and dtypes, and no values of tensors.
     #[arg(long)]
     pub(super) structure: bool,
+    #[command(flatten)]
+    pub(super) values: Values,
 }
 
 /// A format that can be written.
@@ -111,10 +123,8 @@ pub(super) struct Convert {
     /// Begin another file after that many bytes (safetensors).
     #[arg(long, value_name = "BYTES", default_value_t = 5_000_000_000)]
     pub(super) max_shard_bytes: u64,
-    /// Leave out values that are no tensors. Those of torch's directories are not even looked at, so that classes which are
-    /// refused do no harm there; a .pt file has them beside its tensors, and is refused all the same.
-    #[arg(long)]
-    pub(super) tensors_only: bool,
+    #[command(flatten)]
+    pub(super) values: Values,
 }
 
 #[derive(Debug, clap::Args)]
@@ -130,6 +140,8 @@ pub(super) struct Reshard {
     /// The format to write: that of the checkpoint by default.
     #[arg(long, value_name = "FORMAT")]
     pub(super) to: Option<To>,
+    #[command(flatten)]
+    pub(super) values: Values,
 }
 
 #[derive(Debug, clap::Args)]
@@ -144,6 +156,8 @@ pub(super) struct Cat {
     /// Begin at that element.
     #[arg(long, default_value_t = 0)]
     pub(super) start: usize,
+    #[command(flatten)]
+    pub(super) values: Values,
 }
 
 #[derive(Debug, clap::Args)]
@@ -153,6 +167,8 @@ pub(super) struct Plot {
     /// The page to write.
     #[arg(long, short, default_value = "checkpoint.html")]
     pub(super) output: PathBuf,
+    #[command(flatten)]
+    pub(super) values: Values,
 }
 
 #[derive(Debug, clap::Args)]
@@ -183,6 +199,8 @@ pub(super) struct Watch {
     /// Look every so many seconds.
     #[arg(long, default_value_t = 1.0)]
     pub(super) interval: f64,
+    #[command(flatten)]
+    pub(super) values: Values,
 }
 
 /// Whether `name` matches a filter: parts between `*` occur in it, in order.

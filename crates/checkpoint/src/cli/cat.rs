@@ -16,7 +16,7 @@ const BINS: usize = 16;
 const BAR_WIDTH: usize = 40;
 
 pub(super) fn run(args: &Cat, out: &mut Output) -> Result<Found> {
-    let source = Source::open(&args.path)?;
+    let source = Source::open(&args.path, args.values)?;
     if let Some(tensor) = source.metadata.tensor(&args.fqn) {
         return tensor_values(args, &source, tensor, out);
     }

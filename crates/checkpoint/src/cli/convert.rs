@@ -20,19 +20,13 @@ use crate::{
 };
 
 pub(super) fn convert(args: &Convert, out: &mut Output) -> Result<Found> {
-    let source = if args.tensors_only && Format::of(&args.from)? == Format::TorchDcp {
-        Source::of(Box::new(torch::Reader::tensors_only(&args.from)))?
-    } else {
-        Source::open(&args.from)?
-    };
+    let source = Source::open(&args.from, args.values)?;
     let mut writer = writer(args.to, &args.to_path, args.max_shard_bytes);
-    let tree =
-        if args.tensors_only { tensors_of(&source.metadata.tree) } else { source.metadata.tree.clone() };
-    write(&source, &tree, 1, writer.as_mut(), &args.to_path, out)
+    write(&source, 1, writer.as_mut(), &args.to_path, out)
 }
 
 pub(super) fn reshard(args: &Reshard, out: &mut Output) -> Result<Found> {
-    let source = Source::open(&args.from)?;
+    let source = Source::open(&args.from, args.values)?;
     let to = match (args.to, Format::of(&args.from)?) {
         (Some(to), _) => to,
         (None, Format::TorchDcp | Format::TorchSave) => To::Torch,
@@ -40,7 +34,7 @@ pub(super) fn reshard(args: &Reshard, out: &mut Output) -> Result<Found> {
         (None, Format::Sconce | Format::Safetensors) => To::Sconce,
     };
     let mut writer = writer(to, &args.to_path, u64::MAX);
-    write(&source, &source.metadata.tree, args.world as usize, writer.as_mut(), &args.to_path, out)
+    write(&source, args.world as usize, writer.as_mut(), &args.to_path, out)
 }
 
 fn writer(to: To, path: &Path, max_shard_bytes: u64) -> Box<dyn StorageWriter> {
@@ -54,7 +48,6 @@ fn writer(to: To, path: &Path, max_shard_bytes: u64) -> Box<dyn StorageWriter> {
 /// The protocol of a save with all ranks in this process, one after the other.
 fn write(
     source: &Source,
-    tree: &Node,
     world: usize,
     writer: &mut dyn StorageWriter,
     to: &Path,
@@ -62,7 +55,7 @@ fn write(
 ) -> Result<Found> {
     let bar = out.progress(source.metadata.tensor_bytes(), "writing");
     let started = Instant::now();
-    let state = |rank| Rank { source, rank, world, progress: &bar }.state(tree);
+    let state = |rank| Rank { source, rank, world, progress: &bar }.state(&source.metadata.tree);
     let plan = |rank| {
         let plan = SavePlan::of(&state(rank)?)?;
         // The first rank's tree names everything: held once, however many ranks there are.
@@ -135,27 +128,5 @@ impl<'s> Rank<'s> {
         }
         let is_mine = if saved.shape.is_empty() { self.rank == 0 } else { !bounds.is_empty() };
         if is_mine { vec![bounds] } else { Vec::new() }
-    }
-}
-
-/// The tree without its other values. Lists become maps: their items keep their names.
-fn tensors_of(node: &Node) -> Node {
-    let keep = |node: &Node| match node {
-        Node::Tensor => Some(Node::Tensor),
-        Node::Map(_) | Node::List(_) => {
-            let below = tensors_of(node);
-            matches!(&below, Node::Map(entries) if !entries.is_empty()).then_some(below)
-        }
-        _ => None,
-    };
-    match node {
-        Node::Map(entries) => {
-            Node::Map(entries.iter().filter_map(|(key, node)| Some((key.clone(), keep(node)?))).collect())
-        }
-        Node::List(items) => {
-            let numbered = items.iter().enumerate();
-            Node::Map(numbered.filter_map(|(nth, node)| Some((nth.to_string(), keep(node)?))).collect())
-        }
-        other => other.clone(),
     }
 }

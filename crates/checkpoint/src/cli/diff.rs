@@ -20,7 +20,7 @@ use crate::tree::Node;
 const BAND_ELEMENTS: usize = 1 << 19;
 
 pub(super) fn run(args: &Diff, out: &mut Output) -> Result<Found> {
-    let (a, b) = (Source::open(&args.a)?, Source::open(&args.b)?);
+    let (a, b) = (Source::open(&args.a, args.values)?, Source::open(&args.b, args.values)?);
     let bar = out.progress(a.metadata.tensor_bytes(), "comparing");
     let mut rows = Vec::new();
     let mut n_equal = 0;

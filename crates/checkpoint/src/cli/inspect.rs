@@ -15,7 +15,7 @@ const SHOWN: usize = 100;
 
 pub(super) fn run(args: &Inspect, out: &mut Output) -> Result<Found> {
     let format = Format::of(&args.path)?;
-    let Source { metadata, .. } = Source::open(&args.path)?;
+    let Source { metadata, .. } = Source::open(&args.path, args.values)?;
     let is_shown = |fqn: &str| args.filter.as_ref().is_none_or(|filter| matches(filter, fqn));
     summary(args, format, &metadata, out);
     let limit = match args.limit {

@@ -2,14 +2,15 @@
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use sconce_dtensor::{DType, LocalTensor, TensorBox, run_boxes};
 
-use crate::Result;
+use super::args::Values;
 use crate::metadata::{Metadata, TensorStorageMetadata};
 use crate::read::{BoxReader, OpenTensor, Verified};
 use crate::storage::StorageReader;
+use crate::{Format, Result, torch};
 
 /// What is held of a tensor at a time: a block, and what is left of the one before it if that is short.
 const PIECE_BYTES: usize = crate::BLOCK_BYTES as usize;
@@ -18,7 +19,9 @@ const SHORT_BYTES: usize = PIECE_BYTES / 4;
 /// A checkpoint that was opened, and what it holds.
 pub(super) struct Source {
     reader: Box<dyn StorageReader>,
-    pub(super) metadata: Metadata,
+    pub(super) metadata: Arc<Metadata>,
+    /// The tensor that was opened last: what of it is compressed or out of order is made row-major once.
+    last: Mutex<Option<Arc<OpenTensor>>>,
     /// Of the threads that read a moment ago.
     spare: Mutex<Vec<Buffers>>,
 }
@@ -31,22 +34,33 @@ struct Buffers {
 }
 
 impl Source {
-    pub(super) fn open(path: &Path) -> Result<Self> {
-        Self::of(crate::open(path)?)
-    }
-
-    pub(super) fn of(reader: Box<dyn StorageReader>) -> Result<Self> {
-        let metadata = reader.read_metadata()?;
+    pub(super) fn open(path: &Path, Values { tensors_only }: Values) -> Result<Self> {
+        let reader: Box<dyn StorageReader> = match Format::of(path)? {
+            Format::TorchDcp if tensors_only => Box::new(torch::Reader::tensors_only(path)),
+            Format::TorchSave if tensors_only => Box::new(torch::PtReader::tensors_only(path)),
+            _ => crate::open(path)?,
+        };
+        let mut metadata = reader.read_metadata()?;
+        if tensors_only {
+            metadata.tree = metadata.tree.tensors_only();
+        }
         metadata.check_ranges(reader.path())?;
-        Ok(Self { reader, metadata, spare: Mutex::default() })
+        let metadata = Arc::new(metadata);
+        Ok(Self { reader, metadata, last: Mutex::default(), spare: Mutex::default() })
     }
 
     /// A tensor of the metadata, its files open.
-    pub(super) fn tensor(&self, saved: &TensorStorageMetadata) -> Result<OpenTensor<'_>> {
+    pub(super) fn tensor(&self, saved: &TensorStorageMetadata) -> Result<Arc<OpenTensor>> {
         let Some(position) = self.metadata.position(&saved.fqn) else {
             unreachable!("the tensor is one of this metadata");
         };
-        OpenTensor::open(self.reader.as_ref(), &self.metadata, position)
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(open) = last.as_ref().filter(|open| open.position == position) {
+            return Ok(open.clone());
+        }
+        let open = Arc::new(OpenTensor::open(self.reader.as_ref(), &self.metadata, position)?);
+        *last = Some(open.clone());
+        Ok(open)
     }
 
     /// The row-major bytes of a range of the elements of a box, piece by piece, checked on the way.

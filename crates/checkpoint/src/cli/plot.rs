@@ -40,7 +40,7 @@ svg{width:100%;height:110px;display:block}rect{stroke:var(--card);stroke-width:1
 
 pub(super) fn run(args: &Plot, out: &mut Output) -> Result<Found> {
     let format = Format::of(&args.path)?;
-    let Source { metadata, .. } = Source::open(&args.path)?;
+    let Source { metadata, .. } = Source::open(&args.path, args.values)?;
     let page = page(&args.path.display().to_string(), format, &metadata);
     std::fs::write(&args.output, page).map_err(|e| Error::io("write", &args.output, &e))?;
     out.object(&json!({ "page": args.output.display().to_string() }));

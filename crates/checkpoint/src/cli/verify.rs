@@ -5,13 +5,14 @@ use std::time::Instant;
 use serde_json::json;
 
 use super::Found;
-use super::args::Verify;
+use super::args::{Values, Verify};
 use super::output::{Output, count, rate};
 use super::pieces::Source;
 use crate::{Damage, DamageReport, Result};
 
 pub(super) fn run(args: &Verify, out: &mut Output) -> Result<Found> {
-    let total = Source::open(&args.path).map(|source| source.metadata.tensor_bytes()).unwrap_or(0);
+    let tensors = Values { tensors_only: true };
+    let total = Source::open(&args.path, tensors).map(|source| source.metadata.tensor_bytes()).unwrap_or(0);
     let bar = out.progress(total, "verifying");
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let started = Instant::now();

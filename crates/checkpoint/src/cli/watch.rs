@@ -28,7 +28,7 @@ pub(super) fn run(args: &Watch, out: &mut Output) -> Result<Found> {
             if !seen.insert((path.clone(), inode)) {
                 continue;
             }
-            match tell(&path, args.verify, out) {
+            match tell(&path, args, out) {
                 Ok(Found::Nothing) => {}
                 Ok(Found::Something) => found = Found::Something,
                 // Pruned meanwhile.
@@ -47,12 +47,12 @@ pub(super) fn run(args: &Watch, out: &mut Output) -> Result<Found> {
 }
 
 /// Reports one checkpoint, and whether it is damaged.
-fn tell(path: &Path, verify: bool, out: &mut Output) -> Result<Found> {
-    let Source { metadata, .. } = Source::open(path)?;
+fn tell(path: &Path, args: &Watch, out: &mut Output) -> Result<Found> {
+    let Source { metadata, .. } = Source::open(path, args.values)?;
     let (tensors, bytes) = (metadata.tensors.len(), metadata.tensor_bytes());
     out.object(&json!({ "path": path.display().to_string(), "tensors": tensors, "bytes": bytes }));
     out.line(format!("{}  {tensors} tensors, {}", path.display(), size(bytes)));
-    if !verify {
+    if !args.verify {
         return Ok(Found::Nothing);
     }
     let report = crate::find_damage(path, 1, &|_| {})?;

@@ -1,5 +1,7 @@
 //! Boxes of one tensor, read one after the other: its files stay open, and the blocks that were verified last are kept.
 
+use std::sync::Arc;
+
 use sconce_dtensor::TensorBox;
 
 use super::blocks::{Marks, Verified};
@@ -11,10 +13,10 @@ use crate::storage::{DataFile, StorageReader};
 use crate::{Error, Result};
 
 /// A tensor of a checkpoint with the files that it lies in, and no others, open.
-pub(crate) struct OpenTensor<'m> {
-    metadata: &'m Metadata,
+pub(crate) struct OpenTensor {
+    metadata: Arc<Metadata>,
     /// Position in the metadata.
-    position: usize,
+    pub(crate) position: usize,
     files: Vec<Option<Box<dyn DataFile>>>,
     /// Every block of these files that has a checksum.
     blocks: Marks,
@@ -22,32 +24,36 @@ pub(crate) struct OpenTensor<'m> {
 
 /// One thread's reading of an [`OpenTensor`].
 pub(crate) struct BoxReader<'t> {
-    tensor: &'t OpenTensor<'t>,
+    tensor: &'t OpenTensor,
     copier: Copier<'t>,
 }
 
-impl<'m> OpenTensor<'m> {
+impl OpenTensor {
     /// Opens the files of the tensor at a position of the metadata.
     ///
     /// # Errors
     /// Those of the storage.
-    pub(crate) fn open(reader: &dyn StorageReader, metadata: &'m Metadata, position: usize) -> Result<Self> {
+    pub(crate) fn open(
+        reader: &dyn StorageReader,
+        metadata: &Arc<Metadata>,
+        position: usize,
+    ) -> Result<Self> {
         let mut is_read = vec![false; metadata.files.len()];
         metadata.tensors[position].chunks.iter().for_each(|chunk| is_read[chunk.file] = true);
         let blocks = Marks::all_of(metadata, &is_read);
         let open = |(file, is_read)| if is_read { reader.open(file).map(Some) } else { Ok(None) };
         let files = metadata.files.iter().zip(is_read).map(open).collect::<Result<_>>()?;
-        Ok(Self { metadata, position, files, blocks })
+        Ok(Self { metadata: metadata.clone(), position, files, blocks })
     }
 
     /// A reader that has verified blocks of the same checkpoint already, if any.
     pub(crate) fn reader(&self, verified: Verified) -> BoxReader<'_> {
         let own = Own { alone: &self.blocks, checked: &self.blocks };
-        let copier = Copier::new(self.metadata, &self.files, own).cached(verified);
+        let copier = Copier::new(&self.metadata, &self.files, own).cached(verified);
         BoxReader { tensor: self, copier }
     }
 
-    fn saved(&self) -> &'m TensorStorageMetadata {
+    fn saved(&self) -> &TensorStorageMetadata {
         &self.metadata.tensors[self.position]
     }
 
@@ -81,7 +87,7 @@ impl BoxReader<'_> {
             let item =
                 ReadItem { fqn: saved.fqn.clone(), index: 0, saved: self.tensor.position, chunk, part };
             let copied = self.copier.copy(&[&item], wanted, 0, to);
-            copied.map_err(|error| error.naming_tensors(self.tensor.metadata))?;
+            copied.map_err(|error| error.naming_tensors(&self.tensor.metadata))?;
         }
         // Readers refuse chunks that overlap, so the count is the coverage.
         if found != wanted.numel() {

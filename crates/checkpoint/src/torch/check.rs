@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::dcp::{self, Place};
+use super::pickle::Unlisted;
 use super::saved;
 use super::zip::Archive;
 use crate::damage::{Damage, crc_of};
@@ -52,7 +53,7 @@ fn saved_items(path: &Path) -> Result<Items> {
         return Ok(Vec::new());
     }
     // Names help to say what is damaged; where the pickle itself is, nobody knows them.
-    let tensors = saved::read(region, "").map(|saved| saved.tensors).unwrap_or_default();
+    let tensors = saved::read(region, "", Unlisted::Opaque).map(|saved| saved.tensors).unwrap_or_default();
     let item = |(record, region, crc): (&str, Option<Region>, u32)| {
         let region = region?;
         let range = region.start()..region.start() + region.len();

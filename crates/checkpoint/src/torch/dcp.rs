@@ -23,7 +23,7 @@ const METADATA_NAME: &str = ".metadata";
 /// A pickle as metadata: for fuzzing.
 #[cfg(any(fuzzing, test))]
 pub(super) fn fuzz_metadata(bytes: &[u8]) {
-    if let Ok((pickle, _)) = super::pickle::load(bytes) {
+    if let Ok((pickle, _)) = super::pickle::load(bytes, super::pickle::Unlisted::Refused) {
         let _ = metadata::decode(&pickle).and_then(|decoded| reader::fuzz_tree(&decoded));
     }
 }

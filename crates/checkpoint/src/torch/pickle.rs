@@ -41,6 +41,16 @@ pub(super) enum Item {
     Object(u32),
 }
 
+/// What becomes of classes that are not on the list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Unlisted {
+    /// They are refused by name.
+    #[default]
+    Refused,
+    /// Whatever is made of them is [`Class::Opaque`]: it has no name and no contents.
+    Opaque,
+}
+
 /// A range of the input. Inputs are shorter than 4 GiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Span {

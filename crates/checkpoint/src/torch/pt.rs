@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use super::pickle::Unlisted;
 use super::saved::{self, Saved, StoredTensor};
 use super::tensors::{TensorFile, tensor_metadata};
 use crate::metadata::{FileMetadata, Metadata};
@@ -19,6 +20,7 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct PtReader {
     path: PathBuf,
+    unlisted: Unlisted,
     /// Tensors that do not lie in row-major order, by the names of their files.
     strided: Mutex<HashMap<String, StoredTensor>>,
 }
@@ -26,7 +28,12 @@ pub struct PtReader {
 impl PtReader {
     /// A reader of the file at `path`.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), strided: Mutex::default() }
+        Self { path: path.into(), unlisted: Unlisted::Refused, strided: Mutex::default() }
+    }
+
+    /// A reader of the tensors alone: other values, whatever their classes, are not there. Nothing of them runs.
+    pub fn tensors_only(path: impl Into<PathBuf>) -> Self {
+        Self { unlisted: Unlisted::Opaque, ..Self::new(path) }
     }
 }
 
@@ -39,11 +46,12 @@ impl StorageReader for PtReader {
         }
         let file = Region::open(&self.path, true)?;
         let len_bytes = file.len();
-        let Saved { tree, tensors: stored } = saved::read(file, "")?;
+        let Saved { tree, tensors: stored } = saved::read(file, "", self.unlisted)?;
         if !matches!(tree, Node::Map(_)) {
             let reason = "it holds no dict".to_owned();
             return Err(Error::NotACheckpoint { path: self.path.clone(), reason });
         }
+        let tree = if self.unlisted == Unlisted::Opaque { tree.tensors_only() } else { tree };
         let name = self.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let mut files = vec![FileMetadata { name: name.clone(), len_bytes, block_crcs: None }];
         let (mut tensors, mut strided) = (Vec::with_capacity(stored.len()), HashMap::new());

@@ -3,7 +3,7 @@
 use sconce_dtensor::{DType, OrderedMap};
 
 use super::dtypes::TorchDType;
-use super::pickle::{self, Class, Fault, Item, Object, Pickle};
+use super::pickle::{self, Class, Fault, Item, Object, Pickle, Unlisted};
 use super::zip::Archive;
 use crate::region::Region;
 use crate::tree::{Node, child};
@@ -92,23 +92,25 @@ impl StoredTensor {
     }
 }
 
-/// Reads the archive that fills `region`; names of tensors begin with `at`.
+/// Reads the archive that fills `region`; names of tensors begin with `at`. With opaque classes, values that are not read
+/// here are None.
 ///
 /// # Errors
 /// `Refused` for classes that are not on the list, big-endian archives, values and dtypes that we cannot hold;
 /// `Corrupt`, `Io`.
-pub(crate) fn read(region: Region, at: &str) -> Result<Saved> {
+pub(crate) fn read(region: Region, at: &str, unlisted: Unlisted) -> Result<Saved> {
     let archive = Archive::open(region)?;
     refuse_big_endian(&archive)?;
     let record = archive.record("data.pkl").filter(|record| record.len() <= MAX_PICKLE_BYTES);
     let record =
         record.ok_or_else(|| Error::refused(archive.region().path(), 0, "a pickle of 1 GiB or more"))?;
     let bytes = record.read_all()?;
-    let (pickle, _) = pickle::load(&bytes).map_err(|fault| of_fault(&record, fault))?;
+    let (pickle, _) = pickle::load(&bytes, unlisted).map_err(|fault| of_fault(&record, fault))?;
     let mut reading = Reading {
         archive: &archive,
         record: &record,
         pickle: &pickle,
+        unlisted,
         tensors: Vec::new(),
         budget: budget(&bytes),
     };
@@ -151,6 +153,7 @@ struct Reading<'r> {
     archive: &'r Archive,
     record: &'r Region,
     pickle: &'r Pickle<'r>,
+    unlisted: Unlisted,
     tensors: Vec<(String, StoredTensor)>,
     budget: usize,
 }
@@ -182,6 +185,11 @@ impl Reading<'_> {
                     _ => return Err(self.refuse(at, "a BytesIO without contents")),
                 }
             }
+            (_, Some(Object::Made { class, .. }))
+                if self.unlisted == Unlisted::Opaque && !class.makes_tensor() =>
+            {
+                Node::None
+            }
             (_, Some(Object::Made { .. })) => match self.named(item) {
                 Some(text) => {
                     self.spend(at, text.len())?;
@@ -200,6 +208,7 @@ impl Reading<'_> {
                     self.spend(at, bytes.len())?;
                     Node::Bytes(bytes.to_vec())
                 }
+                None if self.unlisted == Unlisted::Opaque => Node::None,
                 None => return Err(self.refuse(at, pickle.describe(item))),
             },
         })

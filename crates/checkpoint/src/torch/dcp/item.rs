@@ -10,6 +10,7 @@ use super::metadata::Place;
 use crate::hf::header;
 use crate::region::{Region, Sequential};
 use crate::storage::DataFile;
+use crate::torch::pickle::Unlisted;
 use crate::torch::saved::{self, Saved, StoredTensor};
 use crate::tree::Node;
 use crate::{Error, Result};
@@ -69,7 +70,7 @@ impl Chunk {
 
     fn in_archive(&self, region: Region) -> Result<StoredTensor> {
         let path = region.owned_path();
-        let Saved { tree, mut tensors } = saved::read(region, "")?;
+        let Saved { tree, mut tensors } = saved::read(region, "", Unlisted::Refused)?;
         let Some((_, stored)) = tensors.pop().filter(|_| tree == Node::Tensor) else {
             return Err(Error::refused(
                 &path,
@@ -129,7 +130,7 @@ impl Chunk {
 /// # Errors
 /// `Refused`, `Corrupt`, `Io`.
 pub(super) fn read_value(file: &Region, fqn: &str, place: &Place) -> Result<Saved> {
-    saved::read(decompressed(part(file, place)?, place, MAX_VALUE_BYTES)?, fqn)
+    saved::read(decompressed(part(file, place)?, place, MAX_VALUE_BYTES)?, fqn, Unlisted::Refused)
 }
 
 /// An item's bytes as they lie in the file; `None` if it is part of a safetensors image.

@@ -159,7 +159,8 @@ fn decode_file(path: &Path) -> Result<DcpMetadata> {
         return Err(Error::refused(path, 0, "a .metadata file of more than 2 GiB"));
     }
     let bytes = file.read_all()?;
-    let (pickle, _) = pickle::load(&bytes).map_err(|fault| saved::of_fault(&file, fault))?;
+    let (pickle, _) =
+        pickle::load(&bytes, pickle::Unlisted::Refused).map_err(|fault| saved::of_fault(&file, fault))?;
     metadata::decode(&pickle).map_err(|wrong| of_wrong(path, wrong))
 }
 

@@ -47,6 +47,8 @@ pub(in crate::torch) enum Class {
     Complex,
     /// How some versions of Python write the member of an enumeration.
     GetAttr,
+    /// Any that is not on the list.
+    Opaque,
 }
 
 /// Where torch has kept the classes of its checkpoints: now, before 2.0, and before 2.3 for tensor properties.
@@ -129,6 +131,18 @@ impl Class {
         }
     }
 
+    /// Whether it makes a tensor.
+    pub(in crate::torch) fn makes_tensor(self) -> bool {
+        matches!(
+            self,
+            Class::RebuildTensorV2
+                | Class::RebuildTensorV3
+                | Class::RebuildTensorPlain
+                | Class::RebuildParameter
+                | Class::RebuildFromType
+        )
+    }
+
     /// Its name in Python, without the module.
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -136,6 +150,7 @@ impl Class {
             Class::Storage(_) => "a torch storage",
             Class::Path => "Path",
             Class::Layout => "_get_layout",
+            Class::Opaque => "a class that is not on the list",
             class => {
                 let known = CHECKPOINT_CLASSES.iter().chain(&BUILTINS).find(|entry| entry.1 == class);
                 let other = || OTHERS.iter().find(|entry| entry.2 == class).map(|entry| entry.1);

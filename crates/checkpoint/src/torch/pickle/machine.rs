@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{Class, Fault, Item, Object, Pickle, Span};
+use super::{Class, Fault, Item, Object, Pickle, Span, Unlisted};
 
 type Outcome<T = ()> = Result<T, Fault>;
 
@@ -15,11 +15,11 @@ const BYTES_OF_OBJECT: usize = 3;
 ///
 /// # Errors
 /// What is damaged or refused, and where.
-pub(in crate::torch) fn load(input: &[u8]) -> Outcome<(Pickle<'_>, usize)> {
+pub(in crate::torch) fn load(input: &[u8], unlisted: Unlisted) -> Outcome<(Pickle<'_>, usize)> {
     if u32::try_from(input.len()).is_err() {
         return Err(Fault::refused(0, "a pickle of 4 GiB or more"));
     }
-    let mut machine = Machine { input, at: 0, ..Machine::default() };
+    let mut machine = Machine { input, unlisted, ..Machine::default() };
     while !machine.step()? {}
     let root = machine.pop()?;
     let taken = machine.at;
@@ -29,6 +29,7 @@ pub(in crate::torch) fn load(input: &[u8]) -> Outcome<(Pickle<'_>, usize)> {
 #[derive(Default)]
 struct Machine<'p> {
     input: &'p [u8],
+    unlisted: Unlisted,
     at: usize,
     /// Where the running opcode begins.
     op_at: usize,
@@ -236,6 +237,7 @@ impl<'p> Machine<'p> {
             0x92 => {
                 let call = self.pop_many(3)?;
                 match self.object_of(call[2]) {
+                    _ if self.callee(call[0]) == Some(Class::Opaque) => self.call(call[0], call[1])?,
                     Some(Object::Dict(entries)) if entries.is_empty() => self.call(call[0], call[1])?,
                     _ => return Err(Fault::refused(self.op_at, "a class called with keyword arguments")),
                 }
@@ -273,7 +275,8 @@ impl<'p> Machine<'p> {
     }
 
     fn find_class(&mut self, module: &str, name: &str) -> Outcome {
-        let class = Class::find(module, name);
+        let is_opaque = self.unlisted == Unlisted::Opaque;
+        let class = Class::find(module, name).or(is_opaque.then_some(Class::Opaque));
         let refuse = || {
             Fault::refused(self.op_at, format!("the class {module:.80}.{name:.80}, which is not on the list"))
         };
@@ -282,9 +285,18 @@ impl<'p> Machine<'p> {
         Ok(())
     }
 
+    /// The class that is called; what an opaque one made may be called as well.
+    fn callee(&self, item: Item) -> Option<Class> {
+        match (item, self.object_of(item)) {
+            (Item::Class(class), _) => Some(class),
+            (_, Some(Object::Made { class: Class::Opaque, .. })) => Some(Class::Opaque),
+            _ => None,
+        }
+    }
+
     /// What a class makes of its arguments: containers as such, the rest as a record of the call.
     fn call(&mut self, callee: Item, arguments: Item) -> Outcome {
-        let Item::Class(class) = callee else {
+        let Some(class) = self.callee(callee) else {
             return Err(self.damaged("a call of something that is no class"));
         };
         let Some(Object::Tuple(given)) = self.object_of(arguments) else {
@@ -317,9 +329,10 @@ impl<'p> Machine<'p> {
                 Object::Bytes(self.encode(*text, *encoding)?)
             }
             // Python 3.11.2 and its like write a member as getattr(enumeration, name), others as enumeration(value).
-            (Class::GetAttr, [Item::Class(class @ Class::MemFormatEncoding), Item::Str(_)]) => {
-                Object::Made { class: *class, arguments, state: Item::None }
-            }
+            (
+                Class::GetAttr,
+                [Item::Class(class @ (Class::MemFormatEncoding | Class::Opaque)), Item::Str(_)],
+            ) => Object::Made { class: *class, arguments, state: Item::None },
             (Class::GetAttr, _) => {
                 return Err(Fault::refused(
                     self.op_at,
@@ -416,6 +429,7 @@ impl<'p> Machine<'p> {
         };
         match &mut self.objects[nth as usize] {
             Object::List(items) | Object::Set(items) => items.extend(new),
+            Object::Made { class: Class::Opaque, .. } => {}
             _ => return Err(self.damaged("items for something that is no list or set")),
         }
         Ok(())
@@ -428,6 +442,7 @@ impl<'p> Machine<'p> {
         };
         match &mut self.objects[nth as usize] {
             Object::Dict(entries) => entries.extend(new),
+            Object::Made { class: Class::Opaque, .. } => {}
             _ => return Err(self.damaged("entries for something that is no dict")),
         }
         Ok(())
