@@ -35,25 +35,32 @@ pub struct RankEnv {
 /// The variables in which one launcher says rank, local rank, world size and local world size.
 struct Launcher([&'static str; 4]);
 
+/// In the order in which they are asked. What `mpirun` starts inside of a job of SLURM inherits the job's variables.
 const LAUNCHERS: [Launcher; 4] = [
     Launcher(["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"]),
-    Launcher(["SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"]),
     Launcher([
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_LOCAL_RANK",
         "OMPI_COMM_WORLD_SIZE",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ]),
+    Launcher(["SLURM_PROCID", "SLURM_LOCALID", SLURM_TASKS, "SLURM_NTASKS_PER_NODE"]),
     // MPICH and what descends from it.
-    Launcher(["PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"]),
+    Launcher(["PMI_RANK", "MPI_LOCALRANKID", PMI_SIZE, "MPI_LOCALNRANKS"]),
 ];
+
+/// Set by `srun` alone. A batch script and a shell of `salloc` have other variables of the job, and are one process.
+const SLURM_TASKS: &str = "SLURM_STEP_NUM_TASKS";
+
+/// Also set by `srun --mpi=pmi2`, for as many ranks as its own. `mpirun` may start one task of SLURM a host, for many ranks.
+const PMI_SIZE: &str = "PMI_SIZE";
 
 /// Set in every process that an MPI launcher starts, by one or the other.
 const MPI_LAUNCHED: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK"];
 
 impl RankEnv {
-    /// What the environment of this process says: torchrun's variables, else SLURM's, else Open MPI's, else MPICH's,
-    /// else a world of one.
+    /// What the environment of this process says: torchrun's variables, else Open MPI's, else those of a step of SLURM
+    /// (`srun`), else MPICH's, else a world of one.
     ///
     /// # Errors
     /// `Environment` naming the variable that is missing beside others, is no number, or does not fit.
@@ -68,9 +75,13 @@ impl RankEnv {
     /// # Errors
     /// As [`RankEnv::from_env`].
     pub fn from_vars(lookup: impl Fn(&str) -> Option<String>) -> Result<RankEnv> {
-        let found = LAUNCHERS
-            .iter()
-            .find(|Launcher([rank, _, size, _])| lookup(rank).is_some() || lookup(size).is_some());
+        let found = LAUNCHERS.iter().find(|Launcher([rank, _, size, _])| {
+            let (rank, said) = (lookup(rank), lookup(size));
+            match *size {
+                SLURM_TASKS => said.is_some() && lookup(PMI_SIZE).is_none_or(|pmi| Some(pmi) == said),
+                _ => said.is_some() || rank.is_some(),
+            }
+        });
         let Some(Launcher([rank, local_rank, size, local_size])) = found else {
             return Ok(Self::alone());
         };
@@ -149,15 +160,31 @@ mod tests {
     }
 
     #[test]
-    fn torchrun_comes_before_slurm_and_both_before_open_mpi() {
+    fn torchrun_comes_before_open_mpi_and_both_before_slurm() {
         let mpi = [("OMPI_COMM_WORLD_RANK", "1"), ("OMPI_COMM_WORLD_SIZE", "2")];
-        let slurm = [("SLURM_PROCID", "2"), ("SLURM_NTASKS", "4"), ("SLURM_LOCALID", "0")];
+        let slurm = [("SLURM_PROCID", "2"), ("SLURM_STEP_NUM_TASKS", "4"), ("SLURM_LOCALID", "0")];
         let torch = [("RANK", "3"), ("WORLD_SIZE", "8"), ("MASTER_PORT", "1234")];
-        assert_eq!(parse(&mpi).unwrap().rank, Rank(1));
-        let of_slurm = parse(&[&mpi[..], &slurm].concat()).unwrap();
+        let of_mpi = parse(&[&mpi[..], &slurm].concat()).unwrap();
+        assert_eq!((of_mpi.rank, of_mpi.world_size), (Rank(1), 2), "mpirun inside of a job");
+        let of_slurm = parse(&slurm).unwrap();
         assert_eq!((of_slurm.rank, of_slurm.local_rank, of_slurm.world_size), (Rank(2), 0, 4));
         let of_torch = parse(&[&mpi[..], &slurm, &torch].concat()).unwrap();
         assert_eq!((of_torch.rank, of_torch.world_size, of_torch.master_port), (Rank(3), 8, 1234));
+    }
+
+    #[test]
+    fn a_job_of_slurm_is_a_world_only_where_srun_started_it() {
+        let script = [("SLURM_PROCID", "0"), ("SLURM_NTASKS", "4"), ("SLURM_LOCALID", "0")];
+        assert_eq!(parse(&script).unwrap(), RankEnv::alone(), "a batch script is one process");
+        assert_eq!(parse(&script[1..2]).unwrap(), RankEnv::alone(), "and so is a shell of salloc");
+        let step = [("SLURM_PROCID", "1"), ("SLURM_STEP_NUM_TASKS", "2"), ("SLURM_LOCALID", "0")];
+        let pmi2 = [("PMI_RANK", "1"), ("PMI_SIZE", "2")];
+        let env = parse(&[&step[..], &pmi2].concat()).unwrap();
+        assert_eq!((env.rank, env.local_rank), (Rank(1), 0), "srun --mpi=pmi2");
+        // One task of SLURM a host, which started 4 ranks.
+        let hydra = [("PMI_RANK", "5"), ("PMI_SIZE", "8"), ("MPI_LOCALRANKID", "1")];
+        let env = parse(&[&step[..], &hydra].concat()).unwrap();
+        assert_eq!((env.rank, env.local_rank, env.world_size), (Rank(5), 1, 8), "mpirun by srun");
     }
 
     #[test]

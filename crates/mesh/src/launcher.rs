@@ -360,6 +360,11 @@ pub fn die_with_parent() -> Result<()> {
     })
 }
 
+/// Takes from `command` what [`die_with_parent`] looks for: its process is not the launcher's child, or has done so already.
+pub fn forget_parent(command: &mut Command) {
+    command.env_remove(PARENT);
+}
+
 fn system(call: &str, cause: &dyn std::fmt::Display) -> Error {
     Error::Backend { backend: "launcher", call: call.to_owned(), cause: cause.to_string() }
 }

@@ -35,7 +35,7 @@ pub use env::RankEnv;
 pub use error::{Error, Result};
 pub use flight_recorder::{CollectiveRecord, CollectiveState, FlightRecord};
 #[cfg(feature = "tcp-store")]
-pub use launcher::{Node, RankExit, RankOutput, RankProcesses, die_with_parent};
+pub use launcher::{Node, RankExit, RankOutput, RankProcesses, die_with_parent, forget_parent};
 pub use process_group::{GroupOptions, ProcessGroup};
 pub use rank::{GroupRank, Rank};
 pub use reduce_op::ReduceOp;

@@ -309,12 +309,20 @@ impl ProcessGroup {
         Arc::ptr_eq(&self.world, &other.world)
     }
 
-    /// Fails the group on every rank with `Aborted` naming this one; pending collectives return as well.
+    /// Fails the group on every rank with `Aborted` naming this one; pending collectives return as well, and so do sends
+    /// and receives between its ranks that have sent to each other before.
     ///
     /// For a rank that cannot go on and must not let the others wait for the deadline.
     /// Ranks:  local, no communication.
     pub fn abort(&self) {
         self.group.backend.abort();
+        let lanes = self.world.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_ours = |(from, to): &(Rank, Rank)| self.ranks().contains(from) && self.ranks().contains(to);
+        for (_, lane) in lanes.iter().filter(|(ends, _)| is_ours(ends)) {
+            if let Some(channel) = lane.group.get() {
+                channel.backend.abort();
+            }
+        }
     }
 
     /// Why the group failed, if it did: what every later collective on it returns.
@@ -349,7 +357,7 @@ impl ProcessGroup {
             Some(backend) => backend.invite(ranks.as_deref().filter(|_| known.is_none()))?,
             None => Invitation { text: String::new(), offer: None },
         };
-        let texts = self.agree_on_partition(partition, &invitation.text)?;
+        let texts = self.agree_on_partition("subgroups", partition, &invitation.text)?;
         let new = ranks.filter(|_| known.is_none());
         let new = new.map(|ranks| (group_name(&ranks), ranks));
         let opened = self.world.open(self.rank(), new, invitation, &texts)?.map(Arc::new);
@@ -374,7 +382,7 @@ impl ProcessGroup {
             Some(backend) => backend.invite(Some(&ranks))?,
             None => Invitation { text: String::new(), offer: None },
         };
-        let texts = self.agree_on_partition(&[ranks.to_vec()], &invitation.text)?;
+        let texts = self.agree_on_partition("duplicate", &[ranks.to_vec()], &invitation.text)?;
         let new = Some((self.world.duplicate_name(&ranks), ranks));
         let Some(group) = self.world.open(self.rank(), new, invitation, &texts)? else {
             unreachable!("a group that is asked for is opened");
@@ -438,9 +446,14 @@ impl ProcessGroup {
     }
 
     /// Compares the partition with the other ranks', and exchanges their invitations on the way.
-    fn agree_on_partition(&self, partition: &[Vec<Rank>], invitation: &str) -> Result<Vec<(Rank, String)>> {
+    fn agree_on_partition(
+        &self,
+        op: &str,
+        partition: &[Vec<Rank>],
+        invitation: &str,
+    ) -> Result<Vec<(Rank, String)>> {
         let lists: Vec<String> = partition.iter().map(|ranks| list(ranks)).collect();
-        let message = format!("{invitation}\n{}", lists.join(" "));
+        let message = format!("{invitation}\n{op}({})", lists.join(" "));
         let messages = self.exchange_objects(CallName::Subgroups, message.as_bytes())?;
         let messages: Vec<String> =
             messages.iter().map(|message| String::from_utf8_lossy(message).into_owned()).collect();
@@ -455,9 +468,9 @@ impl ProcessGroup {
                 group: self.name().into(),
                 seq: 0,
                 expected_rank: self.ranks()[0],
-                expected: format!("subgroups({})", lists[0]),
+                expected: lists[0].clone(),
                 got_rank: self.ranks()[other],
-                got: format!("subgroups({})", lists[other]),
+                got: lists[other].clone(),
             }),
         }
     }

@@ -4,6 +4,7 @@ mod progress;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 pub(crate) use self::progress::Progress;
@@ -18,6 +19,8 @@ use crate::{Element, Error, GroupRank, ProcessGroup, Result};
 #[derive(Debug)]
 pub struct Work<R> {
     slot: Arc<Slot<R>>,
+    /// The thread that makes its calls.
+    runner: Option<ThreadId>,
 }
 
 #[derive(Debug)]
@@ -30,8 +33,17 @@ impl<R> Work<R> {
     /// Waits for the result. Each collective has its own deadline, which begins when its turn comes.
     ///
     /// # Errors
-    /// What the collectives return.
+    /// What the collectives return; `InvalidArgument` inside of a work that was issued before on the same group, whose turn
+    /// would have to end first.
     pub fn wait(self) -> Result<R> {
+        if self.runner == Some(thread::current().id()) && !self.is_completed() {
+            return Err(Error::InvalidArgument {
+                op: "wait",
+                what: "work".to_owned(),
+                expected: "a work that was issued before this one, or on another group".to_owned(),
+                got: "one whose turn comes after this".to_owned(),
+            });
+        }
         let mut result = self.slot.result.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             if let Some(result) = result.take() {
@@ -147,7 +159,7 @@ fn issue<R: Send + 'static>(
     if let Err(error) = started {
         slot.fill(Err(error));
     }
-    Work { slot }
+    Work { slot, runner: progress.thread() }
 }
 
 #[cfg(test)]

@@ -72,7 +72,8 @@ impl Recorded {
         let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
         let group: String = record.group.chars().map(plain).collect();
         let path = Path::new(&dir).join(format!("rank-{}-{}.txt", record.rank, group.trim_end_matches('-')));
-        let _unwritable = std::fs::write(path, format!("{error}\n\n{record}"));
+        let _unwritable =
+            std::fs::create_dir_all(&dir).and_then(|()| std::fs::write(path, format!("{error}\n\n{record}")));
     }
 }
 

@@ -15,7 +15,7 @@ impl ProcessGroup {
     ///
     /// # Errors
     /// `InvalidArgument` if the group has no rank `to` or it is this one; `Mismatch` if `to` expects another length or
-    /// dtype.
+    /// dtype; what the group failed of, if it did.
     ///
     /// # Source
     /// `torch.distributed.send`, without tags. It never buffers, as `MPI_Ssend`: see
@@ -49,6 +49,9 @@ impl ProcessGroup {
         (from, to): (GroupRank, GroupRank),
     ) -> Result<ProcessGroup> {
         in_group(op, peer, self.size())?;
+        if let Some(failure) = self.failure() {
+            return Err(failure);
+        }
         match self.lane(from, to) {
             Some(lane) => self.channel(&lane, from, to),
             None => Err(invalid(op, "peer", "another rank than this one".into(), peer)),

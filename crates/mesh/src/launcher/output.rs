@@ -7,11 +7,16 @@ use std::path::PathBuf;
 use std::process::Child;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crate::{Error, Rank, Result};
 
 /// Lines kept of each rank.
 const KEPT: usize = 100;
+
+/// How long what a rank has printed may be on its way once it has ended. A process that it left behind, in a session of its
+/// own, may hold the pipe open for ever.
+const ON_ITS_WAY: Duration = Duration::from_secs(1);
 
 /// Where the output of ranks goes. In all but the first case its last lines are kept for errors.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,7 +27,7 @@ pub enum RankOutput {
     Captured,
     /// To this process's own output, each line behind its rank, which is coloured on a terminal.
     Prefixed,
-    /// To a file `rank-R.log` in this directory, standard output and error together.
+    /// To a file `rank-R.log` in this directory, standard output and error together, behind what is in it.
     Files(PathBuf),
 }
 
@@ -42,7 +47,8 @@ impl RankOutput {
             ]),
             RankOutput::Files(dir) => {
                 let path = dir.join(format!("rank-{rank}.log"));
-                let file = create_dir_all(dir).and_then(|()| File::create(&path));
+                let file =
+                    create_dir_all(dir).and_then(|()| File::options().append(true).create(true).open(&path));
                 let file = file.map_err(|e| Error::Backend {
                     backend: "launcher",
                     call: format!("opening {}", path.display()),
@@ -124,9 +130,15 @@ impl Tail {
 
     /// The last lines, once the rank has ended.
     pub(super) fn finish(&mut self) -> String {
+        let ended = Instant::now();
         for reader in self.readers.drain(..) {
-            // A reader that panicked has kept what it had read.
-            let _ = reader.join();
+            while !reader.is_finished() && ended.elapsed() < ON_ITS_WAY {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if reader.is_finished() {
+                // A reader that panicked has kept what it had read.
+                let _ = reader.join();
+            }
         }
         let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         lines.iter().map(String::as_str).collect::<Vec<_>>().join("\n")

@@ -88,6 +88,31 @@ mod tcp {
     }
 
     #[test]
+    fn a_thread_that_waits_for_a_key_is_not_in_the_way_of_the_one_that_sets_it() {
+        let server = server();
+        let store = client(&server);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| store.get("late", LONG));
+            std::thread::sleep(Duration::from_millis(50));
+            store.set("late", b"here").unwrap();
+            assert_eq!(waiting.join().unwrap().unwrap(), b"here");
+        });
+        assert_eq!(store.get("late", Duration::MAX).unwrap(), b"here");
+    }
+
+    #[test]
+    fn what_is_too_long_for_the_server_is_not_sent() {
+        let server = server();
+        let store = client(&server);
+        let error = store.set("long", &vec![0; 17 << 20]).unwrap_err().to_string();
+        assert!(error.contains("17825") && error.contains("16777216"), "{error}");
+        store.set("short", b"x").unwrap();
+        let token = "t".repeat(300);
+        let error = TcpStore::connect(&server.addr().to_string(), &token, LONG).unwrap_err().to_string();
+        assert!(error.contains("300 bytes"), "{error}");
+    }
+
+    #[test]
     fn a_wrong_token_is_refused_by_name() {
         let server = server();
         let refused = TcpStore::connect(&server.addr().to_string(), "guess", LONG).unwrap_err().to_string();

@@ -21,11 +21,17 @@ struct Running {
     pending: Arc<Pending>,
 }
 
-/// How many jobs are queued or under way.
+/// How many jobs were queued, and how many of them are done.
 #[derive(Debug, Default)]
 struct Pending {
-    count: Mutex<usize>,
-    none: Condvar,
+    counts: Mutex<Counts>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    pushed: u64,
+    done: u64,
 }
 
 impl Progress {
@@ -42,19 +48,24 @@ impl Progress {
                 self.running.get_or_init(|| started)
             }
         };
-        running.pending.change(|count| *count += 1);
+        running.pending.change(|counts| counts.pushed += 1);
         let jobs = running.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         jobs.send(job).map_err(|_| {
-            running.pending.change(|count| *count -= 1);
+            running.pending.change(|counts| counts.done += 1);
             failed("its queue is closed".to_owned())
         })
+    }
+
+    /// The thread that runs the jobs, once there was one.
+    pub(super) fn thread(&self) -> Option<ThreadId> {
+        self.running.get().map(|running| running.thread)
     }
 
     /// Waits until all jobs pushed so far are done. A job itself does not wait: it is its turn.
     pub(crate) fn settle(&self) {
         let Some(running) = self.running.get() else { return };
         if thread::current().id() != running.thread {
-            running.pending.wait_for_none();
+            running.pending.wait_for_pushed();
         }
     }
 }
@@ -73,20 +84,22 @@ impl Running {
 fn run(queue: &Receiver<Job>, pending: &Pending) {
     while let Ok(job) = queue.recv() {
         job();
-        pending.change(|count| *count -= 1);
+        pending.change(|counts| counts.done += 1);
     }
 }
 
 impl Pending {
-    fn change(&self, change: impl FnOnce(&mut usize)) {
-        change(&mut self.count.lock().unwrap_or_else(PoisonError::into_inner));
-        self.none.notify_all();
+    fn change(&self, change: impl FnOnce(&mut Counts)) {
+        change(&mut self.counts.lock().unwrap_or_else(PoisonError::into_inner));
+        self.changed.notify_all();
     }
 
-    fn wait_for_none(&self) {
-        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
-        while *count > 0 {
-            count = self.none.wait(count).unwrap_or_else(PoisonError::into_inner);
+    /// Waits for the jobs that were pushed by now, whatever comes after them.
+    fn wait_for_pushed(&self) {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let pushed = counts.pushed;
+        while counts.done < pushed {
+            counts = self.changed.wait(counts).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }

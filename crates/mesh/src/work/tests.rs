@@ -169,3 +169,48 @@ fn the_flight_record_tells_what_runs_and_what_is_done() {
         }
     });
 }
+
+#[test]
+fn a_work_that_waits_for_one_behind_it_is_told_so() {
+    for n in [1, 2] {
+        run(n, |group| {
+            let work = group.issue(|group| group.issue(ProcessGroup::barrier).wait());
+            let error = work.wait().unwrap_err();
+            assert!(matches!(error, Error::InvalidArgument { op: "wait", .. }), "{error}");
+            // The barrier has its turn all the same.
+            group.barrier().unwrap();
+        });
+    }
+}
+
+#[test]
+fn an_abort_ends_what_is_received_and_sends_that_come_later() {
+    run(2, |group| {
+        let (me, other) = (group.rank(), GroupRank(1 - group.rank().0));
+        let mut buffer = [1u8];
+        if me == Rank(0) {
+            group.send(&buffer, other).unwrap();
+            std::thread::sleep(Duration::from_millis(50));
+            group.abort();
+            assert!(matches!(group.send(&buffer, other), Err(Error::Aborted { .. })));
+        } else {
+            group.recv(&mut buffer, other).unwrap();
+            let started = Instant::now();
+            assert!(matches!(group.recv(&mut buffer, other), Err(Error::Aborted { .. })));
+            assert!(started.elapsed() < LONG / 2);
+            assert!(matches!(group.send(&buffer, other), Err(Error::Aborted { .. })));
+        }
+    });
+}
+
+#[test]
+fn a_duplicate_is_no_subgroup_of_all() {
+    run(2, |group| {
+        let made = match group.rank() {
+            Rank(0) => group.duplicate().map(drop),
+            _ => group.subgroups(&[vec![Rank(0), Rank(1)]]).map(drop),
+        };
+        let error = made.unwrap_err().to_string();
+        assert!(error.contains("duplicate(") && error.contains("subgroups("), "{error}");
+    });
+}

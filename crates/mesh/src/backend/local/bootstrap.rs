@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::sockopt::socket_peercred;
 
 use super::fds::{receive_fds, send_fds};
 use super::liveness::Watch;
@@ -183,7 +184,7 @@ impl Offer {
 
     /// Reads the hello of one connection; `None` if it is no member's.
     fn greet(&self, stream: UnixStream, patience: &Patience<'_>) -> Result<Option<Guest>, Stop> {
-        let peer = rustix::net::sockopt::socket_peercred(&stream);
+        let peer = socket_peercred(&stream);
         if peer.map(|peer| peer.uid) != Ok(rustix::process::geteuid()) {
             return Ok(None);
         }
@@ -214,8 +215,14 @@ impl Offer {
 
 impl Guest {
     /// Hands the group's file descriptors over. A guest that is gone by now is its watchers' matter.
-    pub(super) fn give(&self, fds: &[impl AsFd]) {
-        let _gone = send_fds(&self.stream, b"F", fds);
+    ///
+    /// # Errors
+    /// `Stop::System`, if the system does not pass them on.
+    pub(super) fn give(&self, fds: &[impl AsFd], patience: &Patience<'_>) -> Result<(), Stop> {
+        match send_fds(&self.stream, b"F", fds, || patience.left().is_zero()) {
+            Ok(()) | Err(Errno::PIPE | Errno::CONNRESET) => Ok(()),
+            Err(errno) => Err(Stop::System(system("sendmsg", errno))),
+        }
     }
 }
 
@@ -231,11 +238,17 @@ pub(super) fn fetch(
     let address =
         SocketAddr::from_abstract_name(name).map_err(|error| Stop::System(system("socket name", error)))?;
     let stream = UnixStream::connect_addr(&address).map_err(|_| patience.closed())?;
+    // Abstract names are anybody's: who took this one first may be another user, who must not learn the token.
+    let peer = socket_peercred(&stream).map_err(|errno| Stop::System(system("SO_PEERCRED", errno)))?;
+    if peer.uid != rustix::process::geteuid() {
+        let whose = format!("the door of group rank 0 is held by user {}", peer.uid.as_raw());
+        return Err(Stop::System(system("connect", whose)));
+    }
     let hello = [token.as_bytes(), &(group_rank as u32).to_le_bytes()].concat();
     let sent = if own.is_empty() {
         (&stream).write_all(&hello).is_ok()
     } else {
-        send_fds(&stream, &hello, own).is_ok()
+        send_fds(&stream, &hello, own, || patience.left().is_zero()).is_ok()
     };
     if !sent {
         return Err(patience.closed());
@@ -300,7 +313,7 @@ mod tests {
             let leader = scope.spawn(|| {
                 let mut guests = Vec::new();
                 assert!(offer.admit(3, &patience(), &mut guests).is_ok());
-                guests.iter().for_each(|guest| guest.give(&[&own, &own]));
+                guests.iter().for_each(|guest| assert!(guest.give(&[&own, &own], &patience()).is_ok()));
                 guests.iter().map(|guest| (guest.group_rank, guest.fds.len())).collect::<Vec<_>>()
             });
             for (address, rank) in [(&wrong_token, 1), (&address, 0), (&address, 3)] {
@@ -345,7 +358,7 @@ mod tests {
                 fd
             })
             .collect();
-        send_fds(&a, b"F", &fds).unwrap();
+        send_fds(&a, b"F", &fds, || true).unwrap();
         let mut got = Vec::new();
         while got.len() < fds.len() {
             assert_eq!(receive_fds(&b, &mut [0; 1], &mut got), Ok(1));

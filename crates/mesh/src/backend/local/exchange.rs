@@ -157,7 +157,16 @@ impl Endpoint {
     }
 
     pub(super) fn failure(&self) -> Option<Error> {
-        self.failure.get().cloned()
+        let aborted = || match failure::read(&self.mapping) {
+            // Another rank's, of which no collective has told this one yet.
+            Some(Cause::Aborted(g)) => Some(self.aborted(g)),
+            _ => None,
+        };
+        self.failure.get().cloned().or_else(aborted)
+    }
+
+    fn aborted(&self, g: usize) -> Error {
+        Error::Aborted { group: self.group.clone(), rank: self.ranks[g] }
     }
 
     fn lock(&self) -> MutexGuard<'_, Progress> {
@@ -251,7 +260,7 @@ impl Endpoint {
     fn error(&self, cause: Cause, call: &Fingerprint) -> Error {
         match cause {
             Cause::Departed(g) => self.lost(self.ranks[g], call),
-            Cause::Aborted(g) => Error::Aborted { group: self.group.clone(), rank: self.ranks[g] },
+            Cause::Aborted(g) => self.aborted(g),
             Cause::Timeout(arrived) => {
                 let (arrived, missing): (Vec<_>, Vec<_>) = (0..arrived.len()).partition(|g| arrived[*g]);
                 let name = |group_ranks: Vec<usize>| group_ranks.iter().map(|g| self.ranks[*g]).collect();

@@ -48,7 +48,7 @@ pub(super) fn join(store: &dyn Store, world: &Membership) -> Result<Joined> {
 fn prefix(store: &dyn Store, world: &Membership, own: &Identity) -> Result<String> {
     let place = |n_worlds: i64| format!("sconce/{}/{n_worlds}", world.group);
     let n_worlds = store.add(&format!("sconce/{}/joins/{}", world.group, world.group_rank), 1)?;
-    let before = signed_at(store, &signature(&place(n_worlds - 1), world.group_rank));
+    let before = signed_at(store, &signature(&place(n_worlds - 1), world.group_rank))?;
     match before.and_then(|text| Identity::parse(&text)).filter(|before| before.is_rival_of(own)) {
         None => Ok(place(n_worlds)),
         Some(rival) => Err(Error::InvalidArgument {
@@ -65,10 +65,10 @@ fn signature(prefix: &str, group_rank: usize) -> String {
     format!("{prefix}/here/{group_rank}")
 }
 
-/// What is signed there. An absent key counts as empty, so asking does not wait.
-fn signed_at(store: &dyn Store, key: &str) -> Option<String> {
-    let held = store.compare_set(key, b"", b"").ok().filter(|held| !held.is_empty())?;
-    Some(String::from_utf8_lossy(&held).into_owned())
+/// What is signed there, if anything. An absent key counts as empty, so asking does not wait.
+fn signed_at(store: &dyn Store, key: &str) -> Result<Option<String>> {
+    let held = store.compare_set(key, b"", b"")?;
+    Ok((!held.is_empty()).then(|| String::from_utf8_lossy(&held).into_owned()))
 }
 
 /// The store's side of a world's rendezvous: each rank signs when it comes.
@@ -116,7 +116,7 @@ impl Roll<'_> {
         }
         match stop {
             Stop::Deadline => self.late(),
-            Stop::Closed if self.signed().contains(&false) => self.late(),
+            Stop::Closed if self.signed().is_some_and(|signed| signed.contains(&false)) => self.late(),
             stop => stopped(stop, self.world, Vec::new()),
         }
     }
@@ -127,23 +127,25 @@ impl Roll<'_> {
     }
 
     fn late(&self) -> Error {
-        timed_out(self.world, self.signed())
+        // Without the store nobody knows of others.
+        let own = || (0..self.world.ranks.len()).map(|g| g == self.world.group_rank).collect();
+        timed_out(self.world, self.signed().unwrap_or_else(own))
     }
 
     /// The error of ranks on several hosts, if there are any.
     fn apart(&self) -> Option<Error> {
-        let signed: Vec<_> = self.texts().iter().map(|text| Identity::parse(text.as_deref()?)).collect();
+        let signed: Vec<_> = self.texts()?.iter().map(|text| Identity::parse(text.as_deref()?)).collect();
         identity::apart(&signed)
     }
 
-    /// Who has signed.
-    fn signed(&self) -> Vec<bool> {
-        self.texts().iter().map(Option::is_some).collect()
+    /// Who has signed; `None` if the store is gone, with the rank that hosted it.
+    fn signed(&self) -> Option<Vec<bool>> {
+        Some(self.texts()?.iter().map(Option::is_some).collect())
     }
 
-    fn texts(&self) -> Vec<Option<String>> {
+    fn texts(&self) -> Option<Vec<Option<String>>> {
         let text = |g| signed_at(self.store, &signature(&self.prefix, g));
-        (0..self.world.ranks.len()).map(text).collect()
+        (0..self.world.ranks.len()).map(text).collect::<Result<_>>().ok()
     }
 }
 
@@ -175,7 +177,8 @@ fn lead_world(world: &Membership, offer: &Offer, own: OwnedFd, patience: &Patien
     let theirs = theirs.map_err(|error| system("dup", error))?;
     let all: Vec<OwnedFd> = std::iter::once(own).chain(theirs).collect();
     let given: Vec<BorrowedFd<'_>> = std::iter::once(&fd).chain(&all).map(AsFd::as_fd).collect();
-    guests.iter().for_each(|guest| guest.give(&given));
+    let handed = guests.iter().try_for_each(|guest| guest.give(&given, patience));
+    handed.map_err(|stop| stopped(stop, world, present(world, &guests)))?;
     Ok(Joined { mapping: Arc::new(mapping), pidfds: all, secret: offer.address() })
 }
 
@@ -214,8 +217,9 @@ pub(super) fn lead(offer: &Offer, group: &Membership, watch: &Watch) -> Result<A
         }
         stopped(stop, group, present)
     });
-    guests.iter().for_each(|guest| guest.give(&[&fd]));
-    admitted.map(|()| Arc::new(mapping))
+    let handed = guests.iter().try_for_each(|guest| guest.give(&[&fd], &patience));
+    admitted.and(handed.map_err(|stop| stopped(stop, group, present(group, &guests))))?;
+    Ok(Arc::new(mapping))
 }
 
 /// What the leader records for the other members.

@@ -1,4 +1,4 @@
-//! The command line. Names are torchrun's.
+//! The command line. Names are torchrun's, with hyphens or underscores.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -17,26 +17,29 @@ const TOKEN: &str = "SCONCE_STORE_TOKEN";
 #[command(name = "sconce-run", version)]
 pub(crate) struct Args {
     /// Ranks on this node; `auto` takes one for each core.
-    #[arg(long, default_value = "auto", value_parser = n_ranks)]
+    #[arg(long, alias = "nproc_per_node", default_value = "auto", value_parser = n_ranks)]
     nproc_per_node: NRanks,
-    /// Nodes; each runs this program with the same arguments but for `--node-rank`.
+    /// Nodes, each of which runs this program with the same arguments but for `--node-rank`. Their ranks meet at the store of
+    /// node 0, and talk through shared memory: nodes are containers of one host. Ranks on several hosts are started by mpirun
+    /// or srun.
     #[arg(long, default_value_t = 1)]
     nnodes: usize,
     /// This node.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, alias = "node_rank", default_value_t = 0)]
     node_rank: usize,
-    /// Address of node 0, whose launcher hosts the store.
-    #[arg(long, default_value = "127.0.0.1")]
+    /// Address of node 0, whose launcher hosts the store. One node alone takes a free port of its own.
+    #[arg(long, alias = "master_addr", default_value = "127.0.0.1")]
     master_addr: String,
     /// Port of the store on node 0.
-    #[arg(long, default_value_t = 29500)]
+    #[arg(long, alias = "master_port", default_value_t = 29500)]
     master_port: u16,
     /// How often all ranks are started again after one has failed; on one node only.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, alias = "max_restarts", default_value_t = 0)]
     pub(crate) max_restarts: usize,
     /// Least and most ranks, on one node only: when one is lost the world is formed again without it, and with it
-    /// again once `--slot-cooldown` is over. Programs go on from their last checkpoint.
-    #[arg(long, value_name = "MIN:MAX", value_parser = least_and_most, conflicts_with_all = ["nproc_per_node", "nnodes"])]
+    /// again once `--slot-cooldown` is over. Programs go on from their last checkpoint. Each loss takes one of
+    /// `--max-restarts`.
+    #[arg(long, value_name = "MIN:MAX", value_parser = least_and_most, requires = "max_restarts", conflicts_with_all = ["nproc_per_node", "nnodes"])]
     elastic: Option<(usize, usize)>,
     /// Seconds after which a lost rank's place is used again: the ranks get SIGTERM, and start again with it.
     #[arg(long, default_value = "60", value_parser = seconds, requires = "elastic")]
@@ -44,8 +47,9 @@ pub(crate) struct Args {
     /// Shows every so many seconds which ranks run and how much memory they hold.
     #[arg(long, value_parser = seconds)]
     pub(crate) monitor: Option<Duration>,
-    /// Writes the output of rank R to `rank-R.log` in this directory instead of showing it.
-    #[arg(long)]
+    /// Writes the output of rank R to `rank-R.log` in this directory instead of showing it; a rank that is started again
+    /// writes behind what was there.
+    #[arg(long, alias = "log_dir")]
     pub(crate) log_dir: Option<PathBuf>,
     /// The program and its arguments.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]

@@ -4,7 +4,8 @@
 //! sconce-run --nproc-per-node 4 -- target/release/train --epochs 3
 //! ```
 //!
-//! It sets torchrun's variables, so a program that reads those runs under either.
+//! It sets torchrun's variables, so a program that reads who it is from those runs under either. At `MASTER_PORT` is
+//! Sconce's store, which is this program's: `torch.distributed` cannot open one of its own there.
 
 mod args;
 mod monitor;
@@ -17,7 +18,9 @@ use std::time::{Duration, Instant};
 
 use clap::Parser as _;
 use rustix::process::{Signal, pidfd_send_signal};
-use sconce_mesh::{Error, Rank, RankEnv, RankExit, RankOutput, RankProcesses, Result, die_with_parent};
+use sconce_mesh::{
+    Error, Rank, RankEnv, RankExit, RankOutput, RankProcesses, Result, die_with_parent, forget_parent,
+};
 
 use self::args::Args;
 use self::monitor::Monitor;
@@ -54,7 +57,11 @@ fn become_rank() -> ExitCode {
     let mut words = std::env::args_os().skip(1);
     let error = match (die_with_parent(), words.next()) {
         (Ok(()), Some(program)) => {
-            let cause = Command::new(&program).args(words).env_remove(BECOME).exec();
+            let mut command = Command::new(&program);
+            command.args(words).env_remove(BECOME);
+            // Done here: a program behind a shell would take the shell for an impostor.
+            forget_parent(&mut command);
+            let cause = command.exec();
             format!("{}: {cause}", program.to_string_lossy())
         }
         (Err(error), _) => error.to_string(),

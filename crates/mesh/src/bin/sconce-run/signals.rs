@@ -39,9 +39,13 @@ impl Forwarder {
         Ok(Forwarder { shared })
     }
 
-    /// Makes these the ranks that get the signals.
+    /// Makes these the ranks that get the signals. One that asked to end while they were started is theirs as well.
     pub(crate) fn forward_to(&self, ranks: &RankProcesses) -> Result<()> {
-        *self.lock() = ranks.pidfds()?;
+        let mut forwarded = self.lock();
+        *forwarded = ranks.pidfds()?;
+        if self.was_asked_to_end() {
+            send(&forwarded, Signal::TERM);
+        }
         Ok(())
     }
 
@@ -59,11 +63,17 @@ impl Shared {
         let Some((_, signal, ends)) = SIGNALS.into_iter().find(|(other, _, _)| *other == number) else {
             return;
         };
+        // Under the lock: ranks that are started meanwhile see it, or are in the list.
+        let ranks = self.ranks.lock().unwrap_or_else(PoisonError::into_inner);
         self.asked_to_end.fetch_or(ends, Ordering::Relaxed);
-        for rank in &*self.ranks.lock().unwrap_or_else(PoisonError::into_inner) {
-            // A rank that has ended needs none.
-            let _ended = pidfd_send_signal(rank, signal);
-        }
+        send(&ranks, signal);
+    }
+}
+
+fn send(ranks: &[OwnedFd], signal: Signal) {
+    for rank in ranks {
+        // A rank that has ended needs none.
+        let _ended = pidfd_send_signal(rank, signal);
     }
 }
 

@@ -1,11 +1,12 @@
-//! A rank's client of the TCP store: blocking, one request at a time, each under a deadline.
+//! A rank's client of the TCP store: blocking, each request under a deadline and on a connection of its own meanwhile.
 
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::wire::{DONE, MAX_FRAME, Op, Request, TIMED_OUT, decode_keys, frame};
+use super::wire::{DONE, MAX_FRAME, MAX_TOKEN, Op, Request, TIMED_OUT, decode_keys, frame};
 use crate::{Error, Result, Store};
 
 /// Deadline of requests that wait for nobody, and what a server may be late with the others.
@@ -14,11 +15,20 @@ const PROMPT: Duration = Duration::from_secs(10);
 /// Pause between attempts to reach a server that is not up yet.
 const RETRY: Duration = Duration::from_millis(20);
 
-/// A connection to a [`TcpStoreServer`](crate::TcpStoreServer).
-#[derive(Debug)]
+/// A client of a [`TcpStoreServer`](crate::TcpStoreServer).
+///
+/// Threads may share it: one that waits for a key is in nobody's way.
 pub struct TcpStore {
     addr: String,
-    stream: Mutex<TcpStream>,
+    token: String,
+    /// Connections on which no request is under way, and none has failed: a late reply is never taken for another's.
+    idle: Mutex<Vec<TcpStream>>,
+}
+
+impl fmt::Debug for TcpStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TcpStore").field("addr", &self.addr).finish_non_exhaustive()
+    }
 }
 
 impl TcpStore {
@@ -27,15 +37,20 @@ impl TcpStore {
     /// # Errors
     /// `Store` if nobody answers within `timeout`, or the token is refused.
     pub fn connect(addr: &str, token: &str, timeout: Duration) -> Result<TcpStore> {
-        let deadline = Instant::now() + timeout;
+        if token.len() > MAX_TOKEN {
+            let cause = format!("a token of {} bytes, at most {MAX_TOKEN} are sent", token.len());
+            return Err(Error::store("connect", addr, cause));
+        }
+        let started = Instant::now();
         loop {
-            let left = deadline.saturating_duration_since(Instant::now()).max(RETRY);
+            let left = timeout.saturating_sub(started.elapsed()).max(RETRY);
             match try_connect(addr, token, left) {
                 Ok(Some(stream)) => {
-                    return Ok(TcpStore { addr: addr.to_owned(), stream: Mutex::new(stream) });
+                    let idle = Mutex::new(vec![stream]);
+                    return Ok(TcpStore { addr: addr.to_owned(), token: token.to_owned(), idle });
                 }
                 Ok(None) => return Err(Error::store("connect", addr, "the token was refused".to_owned())),
-                Err(cause) if Instant::now() + RETRY >= deadline => {
+                Err(cause) if started.elapsed() + RETRY >= timeout => {
                     let cause = format!("no store within {timeout:?}: {cause}");
                     return Err(Error::store("connect", addr, cause));
                 }
@@ -46,10 +61,18 @@ impl TcpStore {
 
     fn ask(&self, op: &'static str, request: Request) -> Result<Vec<u8>> {
         let failed = |cause: String| Error::store(op, &request.key, cause);
-        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let encoded = request.encode();
+        if encoded.len() > MAX_FRAME {
+            return Err(failed(format!(
+                "a request of {} bytes, at most {MAX_FRAME} are sent",
+                encoded.len()
+            )));
+        }
         let limit = PROMPT + Duration::from_millis(request.timeout_ms);
         let lost = |cause: io::Error| failed(format!("the server at {} is gone: {cause}", self.addr));
-        let reply = exchange(&mut stream, &request.encode(), limit).map_err(lost)?;
+        let mut stream = self.connection().map_err(lost)?;
+        let reply = exchange(&mut stream, &encoded, limit).map_err(lost)?;
+        self.idle().push(stream);
         match reply.split_first() {
             Some((&DONE, bytes)) => Ok(bytes.to_vec()),
             Some((&TIMED_OUT, _)) => {
@@ -58,6 +81,20 @@ impl TcpStore {
             Some((_, why)) => Err(failed(String::from_utf8_lossy(why).into_owned())),
             None => Err(failed("an empty reply".to_owned())),
         }
+    }
+}
+
+impl TcpStore {
+    fn connection(&self) -> io::Result<TcpStream> {
+        if let Some(stream) = self.idle().pop() {
+            return Ok(stream);
+        }
+        let refused = || io::Error::new(io::ErrorKind::PermissionDenied, "the token was refused");
+        try_connect(&self.addr, &self.token, PROMPT)?.ok_or_else(refused)
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<TcpStream>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
