@@ -258,3 +258,31 @@ fn the_monitor_tells_who_runs() {
     let errors = text(&output.stderr);
     assert!(errors.contains("rank 0 S ") && errors.contains(" MiB"), "{errors}");
 }
+
+#[test]
+fn what_a_rank_left_in_a_session_of_its_own_holds_nothing_up() {
+    let started = Instant::now();
+    // The daemon keeps the rank's output open.
+    let output = run(&["--nproc_per_node", "1", "sh", "-c", "setsid sleep 30 & echo done"]);
+    assert!(output.status.success() && started.elapsed() < LONG, "{:?}: {output:?}", started.elapsed());
+    assert_eq!(text(&output.stdout), "[0] done\n");
+}
+
+#[test]
+fn a_program_behind_a_shell_runs_too() {
+    let script = format!("{} && echo after", example());
+    let output = run(&["--nproc-per-node", "2", "sh", "-c", &script]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(text(&output.stdout).matches("after").count(), 2);
+}
+
+#[test]
+fn logs_of_a_rank_that_is_started_again_are_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let logs = dir.path().to_string_lossy().into_owned();
+    let script = "echo attempt $TORCHELASTIC_RESTART_COUNT; test $TORCHELASTIC_RESTART_COUNT = 1";
+    let arguments = ["--nproc-per-node", "1", "--max-restarts", "1", "--log-dir", &logs, "sh", "-c", script];
+    assert!(run(&arguments).status.success());
+    let log = std::fs::read_to_string(dir.path().join("rank-0.log")).unwrap();
+    assert_eq!(log, "attempt 0\nattempt 1\n");
+}
