@@ -81,14 +81,17 @@ impl Fingerprint {
         Fingerprint { words }
     }
 
+    /// The collective's name.
+    pub(crate) fn name(&self) -> &'static str {
+        CallName::from_code(self.words[1] & !ON_DEVICE).map_or("an unknown collective", CallName::name)
+    }
+
     /// As a person would write the call: `all_reduce(sum, f32, 4096 bytes)`.
     pub(crate) fn describe(&self) -> String {
-        let name = CallName::from_code(self.words[1] & !ON_DEVICE);
-        let name = name.map_or("an unknown collective", CallName::name);
         let place = if self.words[1] & ON_DEVICE == 0 { "" } else { "cuda " };
         let parts = [self.op(), self.root(), self.dtype(), self.sizes()];
         let parts: Vec<String> = parts.into_iter().flatten().collect();
-        format!("{place}{name}({})", parts.join(", "))
+        format!("{place}{}({})", self.name(), parts.join(", "))
     }
 
     fn op(&self) -> Option<String> {

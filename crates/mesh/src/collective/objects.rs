@@ -27,7 +27,8 @@ impl ProcessGroup {
     pub fn gather_object(&self, object: &[u8], root: GroupRank) -> Result<Option<Vec<Vec<u8>>>> {
         in_group("gather_object", root, self.size())?;
         let is_root = self.group_rank() == root;
-        let lens = self.exchange_lens(CallName::GatherObject, object.len())?;
+        let lens =
+            self.exchange_lens(Call::rooted(CallName::GatherObject, DType::I64, root), object.len())?;
         let receive = if is_root { lens } else { vec![0; self.size()] };
         let send: Vec<usize> = (0..self.size()).map(|g| if g == root.0 { object.len() } else { 0 }).collect();
         let objects = self.exchange_parts(CallName::GatherObject, object, &send, &receive)?;
@@ -90,23 +91,18 @@ impl ProcessGroup {
 
     /// [`ProcessGroup::all_gather_object`] under the name of the call that needs it.
     pub(crate) fn exchange_objects(&self, name: CallName, object: &[u8]) -> Result<Vec<Vec<u8>>> {
-        let lens = self.exchange_lens(name, object.len())?;
+        let lens = self.exchange_lens(Call::new(name, DType::I64), object.len())?;
         let mut objects: Vec<Vec<u8>> = lens.iter().map(|len| vec![0; *len]).collect();
         let mut output: Vec<&mut [u8]> = objects.iter_mut().map(Vec::as_mut_slice).collect();
         self.backend().all_gather(Call::new(name, DType::U8), object, &lens, &mut output)?;
         Ok(objects)
     }
 
-    fn exchange_lens(&self, name: CallName, len: usize) -> Result<Vec<usize>> {
+    fn exchange_lens(&self, call: Call, len: usize) -> Result<Vec<usize>> {
         let mut lens = vec![0i64; self.size()];
         let (input, counts) = ([len as i64], vec![8; self.size()]);
         let output = &mut [bytemuck::cast_slice_mut(&mut lens)];
-        self.backend().all_gather(
-            Call::new(name, DType::I64),
-            bytemuck::cast_slice(&input),
-            &counts,
-            output,
-        )?;
+        self.backend().all_gather(call, bytemuck::cast_slice(&input), &counts, output)?;
         Ok(lens.into_iter().map(|len| len as usize).collect())
     }
 

@@ -456,6 +456,14 @@ fn uneven_counts_that_disagree_are_a_mismatch() {
 }
 
 #[test]
+fn roots_of_object_collectives_are_compared() {
+    check_mismatch(
+        |g| g.gather_object(b"", GroupRank(usize::from(g.rank() == Rank(2)))).map(drop),
+        ["gather_object(root 0, i64, 8 bytes)", "gather_object(root 1, i64, 8 bytes)"],
+    );
+}
+
+#[test]
 fn a_timeout_names_who_arrived_and_who_is_missing_on_every_rank() {
     let (done, wait) = mpsc::channel::<()>();
     let (done, wait) = (std::sync::Mutex::new(Some(done)), std::sync::Mutex::new(wait));

@@ -292,6 +292,11 @@ impl<'a> Exchange<'a> {
         self.endpoint.ranks.len()
     }
 
+    /// The collective's name.
+    pub(super) fn name(&self) -> &'static str {
+        self.call.name()
+    }
+
     pub(super) fn me(&self) -> usize {
         self.endpoint.me
     }

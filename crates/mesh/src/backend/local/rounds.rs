@@ -239,8 +239,8 @@ pub(super) fn agree_on_counts<'a>(
     for (from, to) in (0..x.ranks()).flat_map(|from| (0..x.ranks()).map(move |to| (from, to))) {
         let (sent, expected) = (count(from, to), count(to, x.ranks() + from));
         if sent != expected {
-            let sender = format!("all_to_all_uneven sending {sent} bytes to group rank {to}");
-            let receiver = format!("all_to_all_uneven expecting {expected} bytes from group rank {from}");
+            let sender = format!("{} sending {sent} bytes to group rank {to}", x.name());
+            let receiver = format!("{} expecting {expected} bytes from group rank {from}", x.name());
             return Err(x.mismatch(from, sender, to, receiver));
         }
         longest = longest.max(sent as usize);

@@ -67,8 +67,9 @@ impl<'a> Turn<'a> {
         for (from, to) in (0..n).flat_map(|from| (0..n).map(move |to| (from, to))) {
             let (sent, expected) = (counts[from][to], counts[to][n + from]);
             if sent != expected {
-                let sender = format!("all_to_all_uneven sending {sent} bytes to group rank {to}");
-                let receiver = format!("all_to_all_uneven expecting {expected} bytes from group rank {from}");
+                let sender = format!("{} sending {sent} bytes to group rank {to}", self.call.name());
+                let receiver =
+                    format!("{} expecting {expected} bytes from group rank {from}", self.call.name());
                 return Err(self.mismatch(from, sender, to, receiver));
             }
         }
