@@ -85,7 +85,9 @@ impl FsdpBuilder {
     pub fn wrap_checkpointed<M>(&self, prefix: &str, module: M) -> Result<Checkpointed<M>> {
         self.check_wrap(prefix)?;
         let slot = declared_slot(&self.declared, prefix)?;
-        Checkpointed::new(slot, module, &self.config.device).during(|| format!("anchor of module {prefix:?}"))
+        let above = lock(&self.declared).token_above(prefix);
+        let made = above.and_then(|above| Checkpointed::new(slot, module, above, &self.config.device));
+        made.during(|| format!("anchor of module {prefix:?}"))
     }
 
     fn check_wrap(&self, prefix: &str) -> Result<()> {

@@ -20,6 +20,7 @@ use candle_core::{
 };
 
 use crate::Error;
+use crate::checkpointed::is_beyond_rerun;
 use crate::port::ParamPort;
 use crate::unit::Unit;
 
@@ -34,6 +35,10 @@ pub(crate) struct UnitSlot {
 impl UnitSlot {
     pub(crate) fn new(name: String) -> Arc<Self> {
         Arc::new(Self { name, unit: OnceLock::new() })
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
     }
 
     /// Says what the name is once the model is built: a unit, or none.
@@ -215,7 +220,9 @@ impl CustomOp1 for Done {
     }
 
     fn bwd(&self, parent: &Tensor, _token: &Tensor, _grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        self.0.call(Unit::post_backward)?;
+        if !is_beyond_rerun(self.0.name()) {
+            self.0.call(Unit::post_backward)?;
+        }
         // candle needs a gradient for every node that it walks, except for variables.
         if parent.is_variable() { Ok(None) } else { Ok(Some(parent.zeros_like()?)) }
     }

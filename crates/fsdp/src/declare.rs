@@ -64,6 +64,11 @@ impl Declared {
         Ok(self.tokens[name].slot.clone())
     }
 
+    /// The token of the name without its last component; `None` for the whole model, above which there is nothing.
+    pub(crate) fn token_above(&mut self, name: &str) -> candle_core::Result<Option<Tensor>> {
+        if name.is_empty() { Ok(None) } else { self.token(parent(name)).map(Some) }
+    }
+
     /// The slots of all names.
     pub(crate) fn slots(&self) -> impl Iterator<Item = (&str, &Arc<UnitSlot>)> {
         self.tokens.iter().map(|(name, token)| (name.as_str(), &token.slot))

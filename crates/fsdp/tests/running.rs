@@ -224,6 +224,69 @@ fn checkpointed_units_train_to_the_same_bits_and_are_gathered_no_more_often() {
     }
 }
 
+/// A root with parameters before and behind its blocks.
+struct Surrounded<B> {
+    before: candle_nn::Linear,
+    blocks: Vec<B>,
+    behind: candle_nn::Linear,
+}
+
+impl<B: Module> Surrounded<B> {
+    fn new(builder: &FsdpBuilder, block: impl Fn(&str) -> B) -> Self {
+        let vb = builder.var_builder();
+        let before = linear(4, 4, vb.pp("before")).unwrap();
+        let blocks = (0..3).map(|nth| block(&format!("blocks.{nth}"))).collect();
+        Self { before, blocks, behind: linear(4, 4, vb.pp("behind")).unwrap() }
+    }
+
+    fn loss(&self, fsdp: &Fsdp, x: &Tensor) -> Tensor {
+        let loss = || {
+            let h = chain(&self.blocks, &self.before.forward(x)?.tanh()?)?;
+            self.behind.forward(&h)?.sqr()?.sum_all()
+        };
+        fsdp.forward(&[x], loss).unwrap()
+    }
+}
+
+#[test]
+fn checkpointed_modules_leave_what_surrounds_them_until_it_is_done() {
+    let collectives = |fsdp: &Fsdp| fsdp.device_mesh().group(0).unwrap().flight_record().collectives.len();
+    // All blocks are units, one is, and none.
+    for units in [&["blocks.0", "blocks.1", "blocks.2"][..], &["blocks.1"], &[]] {
+        for n in [1, 2] {
+            ranks(n, |world| {
+                let strategy = ShardingStrategy::FullShard;
+                let chosen: Vec<String> = units.iter().map(|unit| (*unit).to_owned()).collect();
+                let policy = WrapPolicy::predicate(move |name, _| chosen.iter().any(|unit| unit == name));
+                let config = || FsdpConfig { units: policy.clone(), ..config(strategy) };
+                let builder = || FsdpBuilder::new(&mesh(&world, strategy), config()).unwrap();
+                let (one, other) = (builder(), builder());
+                let inner = |builder: &FsdpBuilder, name: &str| block(builder.var_builder().pp(name));
+                let again =
+                    Surrounded::new(&one, |name| one.wrap_checkpointed(name, inner(&one, name)).unwrap());
+                let plain = Surrounded::new(&other, |name| other.wrap(name, inner(&other, name)).unwrap());
+                let (fsdp, plain_fsdp) = (one.build().unwrap(), other.build().unwrap());
+                let (mut optim, mut plain_optim) =
+                    (Sgd::new(&fsdp, SGD).unwrap(), Sgd::new(&plain_fsdp, SGD).unwrap());
+                for nth in 0..3 {
+                    let x = tensor(&[2, 4], nth * 2 + world.rank().0);
+                    let before = (collectives(&fsdp), collectives(&plain_fsdp));
+                    fsdp.backward(&again.loss(&fsdp, &x)).unwrap();
+                    plain_fsdp.backward(&plain.loss(&plain_fsdp, &x)).unwrap();
+                    let made = (collectives(&fsdp) - before.0, collectives(&plain_fsdp) - before.1);
+                    assert!(made.0 == made.1 || nth == 0, "{units:?}, step {nth}: {made:?}");
+                    optim.step(&fsdp).unwrap();
+                    plain_optim.step(&plain_fsdp).unwrap();
+                }
+                let (got, expected) = (full(&fsdp), full(&plain_fsdp));
+                for (fqn, values) in &expected {
+                    assert!(relative_difference(&got[fqn], values) < 1e-6, "{units:?}: {fqn}");
+                }
+            });
+        }
+    }
+}
+
 #[test]
 fn clipping_scales_by_the_norm_of_the_whole_gradient() {
     for strategy in STRATEGIES {
