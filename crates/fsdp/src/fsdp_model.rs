@@ -82,9 +82,15 @@ impl Fsdp {
     /// As [`Fsdp::forward`].
     pub fn backward(&self, loss: &Tensor) -> Result<GradStore> {
         let gradients = self.typed(loss.backward(), "backward");
+        let kept = match gradients {
+            Ok(_) if !self.pass.is_no_sync() => {
+                self.units.iter().try_for_each(|unit| unit.reduce_what_is_kept())
+            }
+            _ => Ok(()),
+        };
         let reduced = self.pass.finish_all_reductions();
         let gradients = gradients?;
-        reduced?;
+        kept.and(reduced)?;
         // Units that ran forward but that the loss does not reach are still gathered.
         self.reshard()?;
         Ok(gradients)

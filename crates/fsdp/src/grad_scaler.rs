@@ -1,9 +1,15 @@
 //! GradScaler: a loss scale for f16, in which small gradients would vanish, that adapts itself.
 
 use candle_core::Tensor;
+use sconce_dtensor::{StateDict, Value};
 use sconce_mesh::ReduceOp;
 
-use crate::{Fsdp, Optimizer, Result};
+use crate::optim::number;
+use crate::{Error, Fsdp, Optimizer, Result};
+
+/// torch's names for the scale and for the good steps in a row.
+const SCALE: &str = "scale";
+const TRACKER: &str = "_growth_tracker";
 
 /// How a [`GradScaler`] adapts.
 ///
@@ -79,12 +85,15 @@ impl GradScaler {
 
     /// Divides the reduced gradients by the scale and finds out whether those of all ranks are finite.
     ///
-    /// Ranks: collective over the mesh, once a step: before anything that looks at gradients, such as
-    /// [`Fsdp::clip_grad_norm`].
+    /// Ranks: collective over the mesh, after the last backward of a step and before anything that looks at gradients, such
+    /// as [`Fsdp::clip_grad_norm`]. A second call before the step finds nothing left to do.
     ///
     /// # Errors
     /// A failed collective.
     pub fn unscale(&mut self, fsdp: &Fsdp) -> Result<()> {
+        if self.finite.is_some() {
+            return Ok(());
+        }
         fsdp.scale_gradients((1.0 / self.scale) as f32);
         let finite = |gradient: &mut [f32]| gradient.iter().all(|g| g.is_finite());
         let here = fsdp.units.iter().all(|unit| unit.with_gradient(finite).unwrap_or(true));
@@ -102,9 +111,7 @@ impl GradScaler {
     /// # Errors
     /// A failed collective, or the optimizer's.
     pub fn step(&mut self, optim: &mut dyn Optimizer, fsdp: &Fsdp) -> Result<bool> {
-        if self.finite.is_none() {
-            self.unscale(fsdp)?;
-        }
+        self.unscale(fsdp)?;
         let finite = self.finite.take() == Some(true);
         if finite {
             optim.step(fsdp)?;
@@ -115,10 +122,33 @@ impl GradScaler {
         Ok(finite)
     }
 
-    /// The scale of the next loss. A trainer that saves it goes on as it was with
-    /// [`GradScalerConfig::init_scale`].
+    /// The scale of the next loss.
     pub fn loss_scale(&self) -> f64 {
         self.scale
+    }
+
+    /// The scale and how many good steps it has had, the same on every rank, under torch's names.
+    pub fn state_dict(&self) -> StateDict<'static> {
+        StateDict::from_iter([
+            (SCALE, Value::Float(self.scale)),
+            ("growth_factor", Value::Float(self.config.growth_factor)),
+            ("backoff_factor", Value::Float(self.config.backoff_factor)),
+            ("growth_interval", Value::Int(self.config.growth_interval.into())),
+            (TRACKER, Value::Int(self.good_steps.into())),
+        ])
+    }
+
+    /// Goes on as the scaler did whose state this is, torch's or ours; how it adapts stays as configured.
+    ///
+    /// # Errors
+    /// `KeyMismatch` if scale or good steps are not there as numbers.
+    pub fn load_state_dict(&mut self, saved: &StateDict<'_>) -> Result<()> {
+        let missing = |name: &str| Error::KeyMismatch { missing: vec![name.to_owned()], unexpected: vec![] };
+        let scale = number(saved, SCALE).ok_or_else(|| missing(SCALE))?;
+        let good_steps = saved.get(TRACKER).and_then(Value::as_int).and_then(|n| u32::try_from(n).ok());
+        (self.good_steps, self.scale) = (good_steps.ok_or_else(|| missing(TRACKER))?, scale);
+        self.finite = None;
+        Ok(())
     }
 
     fn adapt(&mut self, finite: bool) {
@@ -148,5 +178,13 @@ mod tests {
             })
             .collect();
         assert_eq!(scales, [8.0, 16.0, 16.0, 8.0, 8.0, 16.0]);
+        scaler.adapt(true);
+        let mut resumed = GradScaler::new(config);
+        resumed.load_state_dict(&scaler.state_dict()).unwrap();
+        for scaler in [&mut scaler, &mut resumed] {
+            scaler.adapt(true);
+            assert_eq!(scaler.loss_scale(), 32.0, "after two good steps, one of them before it was saved");
+        }
+        assert!(resumed.load_state_dict(&StateDict::new()).is_err());
     }
 }

@@ -1,11 +1,13 @@
 //! Optimizers over shards: they own their state, keyed by parameter name in state dicts and sharded as parameters are.
 
 mod adam;
+mod configs;
 mod groups;
 mod sgd;
 mod state;
 mod steps;
 
+pub(crate) use self::state::number;
 pub use adam::{Adam, AdamConfig};
 pub use groups::ParamGroup;
 pub use sgd::{Sgd, SgdConfig};
@@ -42,26 +44,14 @@ pub trait Optimizer {
 
     /// Sets the learning rate of the next steps, in all groups.
     fn set_lr(&mut self, lr: f64);
-}
 
-/// The hyperparameters of every group, the optimizer's own first.
-#[derive(Debug)]
-struct Configs<C>(Vec<C>);
+    /// The learning rate of every group, the optimizer's own first.
+    fn lrs(&self) -> Vec<f64>;
 
-impl<C: Copy> Configs<C> {
-    fn new(own: C, groups: &[ParamGroup<C>]) -> Self {
-        Self(std::iter::once(own).chain(groups.iter().map(|group| group.config)).collect())
-    }
-
-    fn get(&self, group: usize) -> &C {
-        &self.0[group]
-    }
-
-    fn iter(&self) -> impl Iterator<Item = &C> {
-        self.0.iter()
-    }
-
-    fn update(&mut self, mut change: impl FnMut(usize, &mut C)) {
-        self.0.iter_mut().enumerate().for_each(|(nth, config)| change(nth, config));
-    }
+    /// Sets the learning rate of the next steps in one group, by its place in [`Optimizer::lrs`]: schedules of groups with
+    /// rates of their own are factors of what they began with.
+    ///
+    /// # Panics
+    /// There is no such group.
+    fn set_group_lr(&mut self, group: usize, lr: f64);
 }

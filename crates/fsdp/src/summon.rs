@@ -11,7 +11,7 @@ use crate::{Error, Fsdp, Result};
 
 /// Whole parameters by name, while they are summoned.
 ///
-/// They are the model's own tensors: the model may run meanwhile.
+/// They are the model's own tensors, in the dtype that it computes in: the model may run meanwhile.
 #[derive(Debug)]
 pub struct FullParams<'f> {
     params: HashMap<&'f str, &'f Tensor>,
@@ -53,7 +53,8 @@ impl Fsdp {
     }
 
     /// As [`Fsdp::summon_full_params`]; the tensors that `f` returns by name become the parameters' values. Every rank
-    /// takes its own shard from its own tensors, so that all should return the same.
+    /// takes its own shard from its own tensors, so that all should return the same. Under mixed precision what is
+    /// summoned is rounded to the dtype that the model computes in, and so is what is made of it.
     ///
     /// Ranks: collective over the shard group. Nothing changes on this rank if it fails.
     ///
@@ -67,7 +68,11 @@ impl Fsdp {
         &self,
         f: impl FnOnce(&FullParams<'_>) -> candle_core::Result<HashMap<String, Tensor>>,
     ) -> Result<()> {
-        let new = self.summon_full_params(f)?;
+        // Copies: what `f` hands back as it was is freed as soon as it returns.
+        let new = self.summon_full_params(|params| {
+            let copy = |(fqn, tensor): (String, Tensor)| Ok((fqn, tensor.copy()?));
+            f(params)?.into_iter().map(copy).collect::<candle_core::Result<HashMap<_, _>>>()
+        })?;
         let of_name = |fqn: &str| {
             let mut all = self
                 .units

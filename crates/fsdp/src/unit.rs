@@ -232,15 +232,25 @@ impl Unit {
         self.reshard()?;
         // Its computation is over; what follows is the reduction's.
         self.state().backward = None;
-        let reduces_beside = self.pass.overlap.reduce && self.groups.n_ranks() > 1;
         // A gather ahead waits for its turn after the reduction that begins here, whose gradients lie in memory until
         // then: keeping a buffer for it would make the peak a unit higher.
-        if reduces_beside || !self.pass.is_gather_ahead() {
+        if self.reduces_beside() || !self.pass.is_gather_ahead() {
             self.pass.buffers.free_idle();
         }
-        if self.flat.trainable().is_empty() || self.pass.is_no_sync() {
+        if self.pass.is_no_sync() { Ok(()) } else { self.reduce() }
+    }
+
+    /// After a backward that reduces: reduces what an earlier one that did not has left, where this one did not come.
+    pub(crate) fn reduce_what_is_kept(&self) -> Result<()> {
+        let is_kept = self.state().gradients.iter().any(Option::is_some);
+        if is_kept { self.reduce() } else { Ok(()) }
+    }
+
+    fn reduce(&self) -> Result<()> {
+        if self.flat.trainable().is_empty() {
             return Ok(());
         }
+        let reduces_beside = self.reduces_beside();
         let n_gradients = self.flat.trainable().len();
         let gradients = std::mem::replace(&mut self.state().gradients, vec![None; n_gradients]);
         let reduction = Reduction::new(&self.flat, &self.groups, &self.pass, gradients)?;
@@ -250,6 +260,10 @@ impl Unit {
             self.add_shard_gradient(reduction.run()?);
             Ok(())
         }
+    }
+
+    fn reduces_beside(&self) -> bool {
+        self.pass.overlap.reduce && self.groups.n_ranks() > 1
     }
 
     pub(crate) fn add_shard_gradient(&self, reduced: Vec<f32>) {

@@ -48,11 +48,15 @@ impl WrapPolicy {
     /// The prefixes of all units but the root, in declaration order of `wrapped`.
     ///
     /// # Errors
-    /// `UnknownUnit` for a prefix that is listed twice or matches no parameter of its own.
+    /// `UnknownUnit` for a prefix that is listed twice or matches no parameter of its own, and for the name of blocks of
+    /// which none was wrapped.
     pub(crate) fn units(&self, wrapped: &[String], params: &[ParamShape<'_>]) -> Result<Vec<String>> {
-        let units = match self {
+        let mut units = match self {
             Self::Prefixes(prefixes) => prefixes.clone(),
             Self::RepeatedBlocks(names) => {
+                if let Some(name) = names.iter().find(|name| !wrapped.iter().any(|p| is_numbered(p, name))) {
+                    return Err(self.unknown_unit(name, "has no numbered module below it that was wrapped"));
+                }
                 let numbered = |prefix: &String| names.iter().any(|name| is_numbered(prefix, name));
                 wrapped.iter().filter(|prefix| numbered(prefix)).cloned().collect()
             }
@@ -65,6 +69,8 @@ impl WrapPolicy {
                 wrapped.iter().filter(chosen).cloned().collect()
             }
         };
+        // The root is a unit in any case.
+        units.retain(|unit| !unit.is_empty());
         self.check(&units, params)?;
         Ok(units)
     }
@@ -192,6 +198,20 @@ mod tests {
         let wide = WrapPolicy::predicate(|name, params| name.ends_with("up") && params[0].shape[0] == 8);
         assert_eq!(units(&wide).unwrap(), ["blocks.0.up", "blocks.1.up"]);
         assert_eq!(units(&WrapPolicy::from(vec!["blocks.1"])).unwrap(), ["blocks.1"]);
+    }
+
+    #[test]
+    fn the_root_is_one_unit_whoever_names_it() {
+        assert_eq!(units(&WrapPolicy::from(vec!["", "blocks.1"])).unwrap(), ["blocks.1"]);
+        let wrapped = [String::new(), "blocks.0".to_owned()];
+        let all = WrapPolicy::predicate(|_, _| true);
+        assert_eq!(all.units(&wrapped, &PARAMS).unwrap(), ["blocks.0"]);
+    }
+
+    #[test]
+    fn blocks_that_nobody_wrapped_are_refused_by_name() {
+        let error = units(&WrapPolicy::RepeatedBlocks(vec!["blocks".into(), "layers".into()])).unwrap_err();
+        assert!(error.to_string().starts_with("unit \"layers\" has no numbered module"), "{error}");
     }
 
     #[test]

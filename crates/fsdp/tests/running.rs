@@ -224,6 +224,28 @@ fn checkpointed_units_train_to_the_same_bits_and_are_gathered_no_more_often() {
     }
 }
 
+#[test]
+fn gradients_that_an_unreduced_backward_left_are_in_the_next_step_and_in_no_later_one() {
+    ranks(2, |world| {
+        let (blocks, fsdp) = build(&world, config(ShardingStrategy::FullShard));
+        let all = full(&fsdp);
+        let x = tensor(&[2, 4], 1);
+        let mut optim = Sgd::new(&fsdp, SGD).unwrap();
+        let of = |blocks: &[Sharded<Block>]| fsdp.forward(&[&x], || chain(blocks, &x)?.sum_all()).unwrap();
+        // The first batch reaches the first block, the second the last.
+        fsdp.backward_no_sync(&of(&blocks[..1])).unwrap();
+        fsdp.backward(&of(&blocks[2..])).unwrap();
+        optim.step(&fsdp).unwrap();
+        let after = full(&fsdp);
+        let moved = |name: &str| all.keys().any(|fqn| fqn.starts_with(name) && all[fqn] != after[fqn]);
+        assert!(moved("blocks.0") && moved("blocks.2") && !moved("blocks.1"));
+        fsdp.backward(&of(&blocks[2..])).unwrap();
+        optim.step(&fsdp).unwrap();
+        let later = full(&fsdp);
+        assert!(later.iter().all(|(fqn, values)| !fqn.starts_with("blocks.0") || *values == after[fqn]));
+    });
+}
+
 /// A root with parameters before and behind its blocks.
 struct Surrounded<B> {
     before: candle_nn::Linear,

@@ -13,7 +13,8 @@ use candle_nn::{Module, linear};
 use common::{STRATEGIES, full, mesh, ranks, tensor, values};
 use sconce_dtensor::{DTensor, LocalTensor, Placement, StateDict, Value};
 use sconce_fsdp::{
-    Adam, AdamConfig, Error, Fsdp, FsdpBuilder, FsdpConfig, Optimizer, ShardingStrategy, StateDictType,
+    Adam, AdamConfig, Error, Fsdp, FsdpBuilder, FsdpConfig, Names, Optimizer, ParamGroup, Sgd, SgdConfig,
+    ShardingStrategy, StateDictType,
 };
 use sconce_mesh::ProcessGroup;
 use sconce_testkit::SimpleModelUneven;
@@ -252,4 +253,82 @@ fn boxes(tensor: &dyn LocalTensor) -> Vec<u8> {
         tensor.read_box(index, &mut |bytes| all.extend_from_slice(bytes)).unwrap();
     }
     all
+}
+
+/// Learning rate and weight decay of the group of every parameter.
+fn hyperparameters(state: &StateDict<'_>) -> std::collections::BTreeMap<String, (f64, f64)> {
+    let Some(Value::List(groups)) = state.get("param_groups") else { panic!("no groups") };
+    let mut found = std::collections::BTreeMap::new();
+    for group in groups.iter().filter_map(Value::as_map) {
+        let Some(Value::List(names)) = group.get("params") else { panic!("no names") };
+        let number = |name: &str| group.get(name).and_then(Value::as_float).unwrap();
+        let told = (number("lr"), number("weight_decay"));
+        found.extend(names.iter().map(|name| (name.as_str().unwrap().to_owned(), told)));
+    }
+    found
+}
+
+#[test]
+fn hyperparameters_follow_their_parameters_on_every_rank_wherever_they_were_saved() {
+    let weights = || Names::matching(|fqn| fqn.ends_with("weight"));
+    let biases = || Names::matching(|fqn| fqn.ends_with("bias"));
+    let group = |params, lr, weight_decay| ParamGroup {
+        params,
+        config: AdamConfig { lr, weight_decay, ..AdamConfig::default() },
+    };
+    for strategy in STRATEGIES {
+        ranks(2, |world| {
+            let fsdp = model(&world, strategy, 5);
+            let own = AdamConfig::default();
+            let groups = vec![group(weights(), 0.1, 0.01), group(biases(), 0.2, 0.0)];
+            let saver = Adam::with_groups(&fsdp, own, groups).unwrap();
+            // On the second rank it is empty.
+            let saved = saver.state_dict(&fsdp, StateDictType::FullOnFirstRank).unwrap();
+            let expected = hyperparameters(&saver.state_dict(&fsdp, StateDictType::Full).unwrap());
+            assert!(expected.values().any(|told| *told == (0.2, 0.0)) && expected.len() > 2);
+            // The biases first; the weights are the optimizer's own.
+            let mut loader = Adam::with_groups(&fsdp, own, vec![group(biases(), 7.0, 7.0)]).unwrap();
+            loader.load_state_dict(&fsdp, &saved).unwrap();
+            let got = hyperparameters(&loader.state_dict(&fsdp, StateDictType::Full).unwrap());
+            assert_eq!(got, expected, "{strategy:?}");
+            assert_eq!(loader.lrs(), [0.1, 0.2]);
+            loader.set_group_lr(1, 0.4);
+            assert_eq!(loader.lrs(), [0.1, 0.4]);
+            // One group for what had two.
+            let error = Adam::new(&fsdp, own).unwrap().load_state_dict(&fsdp, &saved).unwrap_err();
+            match world.rank().0 {
+                0 => assert!(matches!(error, Error::ValueMismatch { .. }), "{error}"),
+                _ => assert!(matches!(error, Error::RefusedElsewhere { .. }), "{error}"),
+            }
+        });
+    }
+}
+
+#[test]
+fn momentum_that_was_saved_is_taken_with_its_buffers() {
+    ranks(2, |world| {
+        let fsdp = model(&world, ShardingStrategy::FullShard, 5);
+        let momentum = SgdConfig { momentum: 0.9, ..SgdConfig::default() };
+        let saved = Sgd::new(&fsdp, momentum).unwrap().state_dict(&fsdp, StateDictType::Full).unwrap();
+        let mut plain = Sgd::new(&fsdp, SgdConfig::default()).unwrap();
+        plain.load_state_dict(&fsdp, &saved).unwrap();
+        let state = plain.state_dict(&fsdp, StateDictType::Full).unwrap();
+        let entries = state.map("state").unwrap();
+        assert!(entries.keys().all(|fqn| entries.map(fqn).unwrap().get("momentum_buffer").is_some()));
+    });
+}
+
+#[test]
+fn parameters_that_are_handed_back_as_they_were_stay() {
+    for n in [1, 2] {
+        ranks(n, |world| {
+            let fsdp = model(&world, ShardingStrategy::FullShard, 5);
+            let before = full(&fsdp);
+            let same = fsdp.rewrite_full_params(|params| {
+                Ok(params.iter().map(|(fqn, tensor)| (fqn.to_owned(), tensor.clone())).collect())
+            });
+            same.unwrap();
+            assert_eq!(full(&fsdp), before);
+        });
+    }
 }

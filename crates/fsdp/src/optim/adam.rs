@@ -2,9 +2,10 @@
 
 use sconce_dtensor::{StateDict, Value};
 
+use super::Optimizer;
+use super::configs::{Configs, Hyper};
 use super::groups::ParamGroup;
-use super::state::{Moments, number, param_group, truth};
-use super::{Configs, Optimizer};
+use super::state::{Moments, number, truth};
 use crate::{Fsdp, Result, StateDictType};
 
 /// Hyperparameters of [`Adam`].
@@ -43,8 +44,9 @@ impl AdamConfig {
     pub fn adamw(lr: f64) -> Self {
         Self { lr, weight_decay: 1e-2, decoupled_weight_decay: true, ..Self::default() }
     }
+}
 
-    /// As an entry of torch's `param_groups`.
+impl Hyper for AdamConfig {
     fn state_dict(&self) -> StateDict<'static> {
         let betas = vec![Value::Float(self.beta1), Value::Float(self.beta2)];
         StateDict::from_iter([
@@ -67,6 +69,21 @@ impl AdamConfig {
         {
             (self.beta1, self.beta2) = (*beta1, *beta2);
         }
+    }
+
+    fn numbers(&self) -> Vec<f64> {
+        let Self { lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay } = *self;
+        vec![lr, beta1, beta2, eps, weight_decay, f64::from(u8::from(decoupled_weight_decay))]
+    }
+
+    fn set_numbers(&mut self, numbers: &[f64]) {
+        if let [lr, beta1, beta2, eps, weight_decay, decoupled] = *numbers {
+            *self = Self { lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay: decoupled != 0.0 };
+        }
+    }
+
+    fn lr(&mut self) -> &mut f64 {
+        &mut self.lr
     }
 }
 
@@ -117,17 +134,22 @@ impl Optimizer for Adam {
     }
 
     fn load_state_dict(&mut self, fsdp: &Fsdp, saved: &StateDict<'_>) -> Result<()> {
+        let configs = self.moments.loaded_configs(fsdp, saved, &self.configs)?;
         self.moments.load_state_dict(fsdp, saved, STATE, true)?;
-        self.configs.update(|nth, config| {
-            if let Some(group) = param_group(saved, nth) {
-                config.load(group);
-            }
-        });
+        self.configs = configs;
         Ok(())
     }
 
     fn set_lr(&mut self, lr: f64) {
-        self.configs.update(|_, config| config.lr = lr);
+        self.configs.set_lr(lr);
+    }
+
+    fn lrs(&self) -> Vec<f64> {
+        self.configs.lrs()
+    }
+
+    fn set_group_lr(&mut self, group: usize, lr: f64) {
+        self.configs.set_group_lr(group, lr);
     }
 }
 

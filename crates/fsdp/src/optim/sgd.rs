@@ -2,9 +2,10 @@
 
 use sconce_dtensor::{StateDict, Value};
 
+use super::Optimizer;
+use super::configs::{Configs, Hyper};
 use super::groups::ParamGroup;
-use super::state::{Moments, number, param_group, truth};
-use super::{Configs, Optimizer};
+use super::state::{Moments, number, truth};
 use crate::{Fsdp, Result, StateDictType};
 
 /// Hyperparameters of [`Sgd`].
@@ -91,15 +92,7 @@ impl Optimizer for Sgd {
     }
 
     fn state_dict(&self, fsdp: &Fsdp, kind: StateDictType) -> Result<StateDict<'static>> {
-        let groups = self.configs.iter().map(|config| {
-            StateDict::from_iter([
-                ("lr", Value::Float(config.lr)),
-                ("momentum", Value::Float(config.momentum)),
-                ("dampening", Value::Float(config.dampening)),
-                ("weight_decay", Value::Float(config.weight_decay)),
-                ("nesterov", Value::Bool(config.nesterov)),
-            ])
-        });
+        let groups = self.configs.iter().map(SgdConfig::state_dict);
         match &self.state {
             State::Plain(moments) => moments.state_dict(fsdp, kind, [], groups),
             State::Momentum(moments) => moments.state_dict(fsdp, kind, ["momentum_buffer"], groups),
@@ -107,6 +100,15 @@ impl Optimizer for Sgd {
     }
 
     fn load_state_dict(&mut self, fsdp: &Fsdp, saved: &StateDict<'_>) -> Result<()> {
+        let configs = match &self.state {
+            State::Plain(moments) => moments.loaded_configs(fsdp, saved, &self.configs)?,
+            State::Momentum(moments) => moments.loaded_configs(fsdp, saved, &self.configs)?,
+        };
+        if let State::Plain(moments) = &self.state
+            && configs.iter().any(|config| config.momentum != 0.0)
+        {
+            self.state = State::Momentum(moments.with_buffer());
+        }
         match &mut self.state {
             State::Plain(moments) => moments.load_state_dict(fsdp, saved, [], false)?,
             State::Momentum(moments) => {
@@ -115,19 +117,55 @@ impl Optimizer for Sgd {
                 moments.at_least_one_step();
             }
         }
-        self.configs.update(|nth, config| {
-            let Some(group) = param_group(saved, nth) else { return };
-            config.lr = number(group, "lr").unwrap_or(config.lr);
-            config.momentum = number(group, "momentum").unwrap_or(config.momentum);
-            config.dampening = number(group, "dampening").unwrap_or(config.dampening);
-            config.weight_decay = number(group, "weight_decay").unwrap_or(config.weight_decay);
-            config.nesterov = truth(group, "nesterov").unwrap_or(config.nesterov);
-        });
+        self.configs = configs;
         Ok(())
     }
 
     fn set_lr(&mut self, lr: f64) {
-        self.configs.update(|_, config| config.lr = lr);
+        self.configs.set_lr(lr);
+    }
+
+    fn lrs(&self) -> Vec<f64> {
+        self.configs.lrs()
+    }
+
+    fn set_group_lr(&mut self, group: usize, lr: f64) {
+        self.configs.set_group_lr(group, lr);
+    }
+}
+
+impl Hyper for SgdConfig {
+    fn state_dict(&self) -> StateDict<'static> {
+        StateDict::from_iter([
+            ("lr", Value::Float(self.lr)),
+            ("momentum", Value::Float(self.momentum)),
+            ("dampening", Value::Float(self.dampening)),
+            ("weight_decay", Value::Float(self.weight_decay)),
+            ("nesterov", Value::Bool(self.nesterov)),
+        ])
+    }
+
+    fn load(&mut self, group: &StateDict<'_>) {
+        self.lr = number(group, "lr").unwrap_or(self.lr);
+        self.momentum = number(group, "momentum").unwrap_or(self.momentum);
+        self.dampening = number(group, "dampening").unwrap_or(self.dampening);
+        self.weight_decay = number(group, "weight_decay").unwrap_or(self.weight_decay);
+        self.nesterov = truth(group, "nesterov").unwrap_or(self.nesterov);
+    }
+
+    fn numbers(&self) -> Vec<f64> {
+        let Self { lr, momentum, dampening, weight_decay, nesterov } = *self;
+        vec![lr, momentum, dampening, weight_decay, f64::from(u8::from(nesterov))]
+    }
+
+    fn set_numbers(&mut self, numbers: &[f64]) {
+        if let [lr, momentum, dampening, weight_decay, nesterov] = *numbers {
+            *self = Self { lr, momentum, dampening, weight_decay, nesterov: nesterov != 0.0 };
+        }
+    }
+
+    fn lr(&mut self) -> &mut f64 {
+        &mut self.lr
     }
 }
 

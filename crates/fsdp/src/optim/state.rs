@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use sconce_dtensor::{StateDict, Value};
 
+use super::configs::{Configs, Hyper};
 use super::groups::{ParamGroup, group_of, runs};
 use super::steps::agreed_steps;
 use crate::error::CandleContext;
@@ -27,6 +28,8 @@ pub(super) struct Moments<const N: usize> {
 #[derive(Debug)]
 struct UnitMoments<const N: usize> {
     step: u64,
+    /// Elements of each buffer.
+    numel: usize,
     buffers: [Shard; N],
     /// Which elements have which group's hyperparameters.
     runs: Vec<(Range<usize>, usize)>,
@@ -41,6 +44,7 @@ impl<const N: usize> Moments<N> {
         }
         let zeroed = |unit: &Arc<crate::unit::Unit>| UnitMoments {
             step: 0,
+            numel: unit.flat.trainable_shard_numel(),
             buffers: std::array::from_fn(|_| Shard::zeros(unit.flat.trainable_shard_numel())),
             runs: runs(&unit.flat, unit.shard_index(), |param| group_of(groups, param)),
         };
@@ -62,7 +66,7 @@ impl<const N: usize> Moments<N> {
         for (unit, moments) in fsdp.units.iter().zip(&mut self.units) {
             let Some(gradient) = unit.take_gradient() else { continue };
             moments.step += 1;
-            let UnitMoments { step, buffers, runs } = moments;
+            let UnitMoments { step, buffers, runs, .. } = moments;
             let factors: Vec<F> = (0..self.params.len()).map(|group| factors(*step, group)).collect();
             unit.shard.update(gradient.len(), buffers, |block, param, mut buffers| {
                 for (run, group) in runs.iter() {
@@ -114,6 +118,22 @@ impl<const N: usize> Moments<N> {
         Ok(StateDict::from_iter([("state", Value::Map(state)), ("param_groups", groups)]))
     }
 
+    /// `configs` with what a saved state says of them.
+    ///
+    /// # Errors
+    /// `OtherModel`; as [`Configs::loaded`].
+    pub(super) fn loaded_configs<C: Hyper>(
+        &self,
+        fsdp: &Fsdp,
+        saved: &StateDict<'_>,
+        configs: &Configs<C>,
+    ) -> Result<Configs<C>> {
+        if !Arc::ptr_eq(&self.pass, &fsdp.pass) {
+            return Err(Error::OtherModel);
+        }
+        configs.loaded(fsdp, saved, &self.params)
+    }
+
     /// Takes buffers and steps; `needs_steps` if a state without steps cannot go on.
     pub(super) fn load_state_dict(
         &mut self,
@@ -161,16 +181,22 @@ impl<const N: usize> Moments<N> {
     }
 }
 
-/// Parameter group `nth` of a saved state.
-pub(super) fn param_group<'s, 'a>(saved: &'s StateDict<'a>, nth: usize) -> Option<&'s StateDict<'a>> {
-    match saved.get("param_groups") {
-        Some(Value::List(groups)) => groups.get(nth).and_then(Value::as_map),
-        _ => None,
+impl Moments<0> {
+    /// The same with a zeroed buffer.
+    pub(super) fn with_buffer(&self) -> Moments<1> {
+        let with_buffer = |unit: &UnitMoments<0>| UnitMoments {
+            step: unit.step,
+            buffers: [Shard::zeros(unit.numel)],
+            numel: unit.numel,
+            runs: unit.runs.clone(),
+        };
+        let units = self.units.iter().map(with_buffer).collect();
+        Moments { pass: self.pass.clone(), units, params: self.params.clone() }
     }
 }
 
 /// A number of a parameter group; torch may have written an integer.
-pub(super) fn number(group: &StateDict<'_>, name: &str) -> Option<f64> {
+pub(crate) fn number(group: &StateDict<'_>, name: &str) -> Option<f64> {
     let value = group.get(name)?;
     value.as_float().or_else(|| value.as_int().map(|int| int as f64))
 }
