@@ -131,7 +131,18 @@ impl FsdpBuilder {
 
     fn assemble(self, initialize: bool) -> Result<Fsdp> {
         let mut declared = lock(&self.declared);
-        compare_ranks(&self.groups.mesh, &declared.lines())?;
+        let mut lines = declared.lines();
+        lines.push(format!("strategy {:?}, {:?}", self.config.strategy, self.config.mixed_precision));
+        if self.groups.replicate.size() > 1 && initialize && !self.config.sync_module_states {
+            // Replicas of other values would stay others for ever.
+            lines.push(format!("seed {}", self.config.seed));
+        }
+        compare_ranks(&self.groups.mesh, &lines)?;
+        let seed = match self.config.sync_module_states {
+            true => first_ranks(&self.groups.mesh, self.config.seed)?,
+            false => self.config.seed,
+        };
+        let seed = initialize.then_some(seed);
         if declared.params.is_empty() {
             return Err(Error::NoParameters);
         }
@@ -139,7 +150,7 @@ impl FsdpBuilder {
         prefixes.extend(self.config.units.units(&declared.wrapped, &declared.shapes())?);
         let pass = Pass::new(&self.config);
         let units =
-            (0..prefixes.len()).map(|nth| self.build_unit(&mut declared, &prefixes, nth, &pass, initialize));
+            (0..prefixes.len()).map(|nth| self.build_unit(&mut declared, &prefixes, nth, &pass, seed));
         let units = units.collect::<Result<Vec<_>>>()?;
         pass.set_units(&units);
         for (_, slot) in declared.slots().filter(|(name, _)| !prefixes.iter().any(|unit| unit == name)) {
@@ -159,7 +170,7 @@ impl FsdpBuilder {
         prefixes: &[String],
         nth: usize,
         pass: &Arc<Pass>,
-        initialize: bool,
+        seed: Option<u64>,
     ) -> Result<Arc<Unit>> {
         let prefix = &prefixes[nth];
         let slot = declared.slot(prefix).during(|| format!("token of unit {prefix:?}"))?;
@@ -174,9 +185,9 @@ impl FsdpBuilder {
         let unit = Unit::new(UnitParts {
             index: nth,
             name: prefix.clone(),
-            shard: match initialize {
-                true => self.initial_shard(&flat, &own),
-                false => Shard::zeros(flat.shard_numel()),
+            shard: match seed {
+                Some(seed) => self.initial_shard(&flat, &own, seed),
+                None => Shard::zeros(flat.shard_numel()),
             },
             flat,
             slot,
@@ -192,13 +203,13 @@ impl FsdpBuilder {
         Ok(unit)
     }
 
-    fn initial_shard(&self, flat: &FlatParameter, params: &[&DeclaredParam]) -> Shard {
+    fn initial_shard(&self, flat: &FlatParameter, params: &[&DeclaredParam], seed: u64) -> Shard {
         let mut values = vec![0f32; flat.shard_numel()];
         let shard = self.groups.shard.group_rank().0;
         for (index, (param, layout)) in params.iter().zip(flat.params()).enumerate() {
             let run = flat.run(index, shard);
             let part = &mut values[run.shard_offset..run.shard_offset + run.len];
-            init::fill(param.init, &layout.shape, self.config.seed, &param.fqn, run.param_offset, part);
+            init::fill(param.init, &layout.shape, seed, &param.fqn, run.param_offset, part);
         }
         Shard::from_vec(values)
     }
@@ -212,6 +223,13 @@ fn declared_slot(declared: &Mutex<Declared>, prefix: &str) -> Result<Arc<UnitSlo
         declared.wrapped.push(prefix.to_owned());
     }
     Ok(slot)
+}
+
+/// The first rank's seed, on every rank.
+fn first_ranks(group: &ProcessGroup, seed: u64) -> Result<u64> {
+    let mut seed = seed.to_le_bytes();
+    group.broadcast(&mut seed, GroupRank(0))?;
+    Ok(u64::from_le_bytes(seed))
 }
 
 /// Gives every rank the first rank's values.

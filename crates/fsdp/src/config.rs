@@ -24,7 +24,8 @@ pub struct FsdpConfig {
     pub strategy: ShardingStrategy,
     /// Which modules are gathered and freed together; the root alone by default.
     pub units: WrapPolicy,
-    /// Seed of the initial values: they depend on it and on the parameters' names, not on the layout.
+    /// Seed of the initial values: they depend on it and on the parameters' names, not on the layout. Ranks that are replicas
+    /// of each other have the same, or `sync_module_states`.
     pub seed: u64,
     /// Parameters that are not trained: sharded as the others, but without gradient, reduction or optimizer state.
     pub frozen: Names,
@@ -32,8 +33,7 @@ pub struct FsdpConfig {
     /// such as the running statistics of a batch norm, and parameters that FSDP shall ignore. Their gradients come
     /// from [`Fsdp::backward`](crate::Fsdp::backward), not reduced.
     pub kept_whole: Names,
-    /// Gives every rank the first rank's values of what is kept whole. Sharded parameters are the same everywhere
-    /// already.
+    /// Gives every rank the first rank's values: of what is kept whole, and, by its seed, of sharded parameters.
     pub sync_module_states: bool,
     /// Dtypes to compute and reduce in.
     pub mixed_precision: MixedPrecision,

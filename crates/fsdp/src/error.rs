@@ -70,7 +70,7 @@ pub enum Error {
         reference: Rank,
         /// The first rank that differs.
         rank: Rank,
-        /// The reference's first parameter that differs, with its shape.
+        /// What differs first: the reference's parameter with its shape, its module, strategy, dtypes or seed.
         expected: Option<String>,
         /// The other rank's.
         got: Option<String>,

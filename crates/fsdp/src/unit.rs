@@ -140,7 +140,8 @@ impl Unit {
             }
             let tensor = tensor.to_dtype(output_dtype.unwrap_or(tensor.dtype()))?;
             match tensor.track_op() {
-                true if no_graph => Ok(tensor.detach()),
+                // A copy, as `mark_output` makes one: it may be a view of a parameter, which is freed.
+                true if no_graph => Ok(tensor.force_contiguous()?.detach()),
                 true => mark_output(&self.slot, token.as_ref(), &tensor.contiguous()?),
                 false => Ok(tensor),
             }

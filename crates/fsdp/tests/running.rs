@@ -246,6 +246,35 @@ fn gradients_that_an_unreduced_backward_left_are_in_the_next_step_and_in_no_late
     });
 }
 
+/// Rows of a parameter, as learned positions are.
+struct Rows(Tensor);
+
+impl Module for Rows {
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        self.0.narrow(0, 0, x.dim(0)?)
+    }
+}
+
+#[test]
+fn outputs_that_are_views_of_parameters_outlive_their_unit_also_without_a_graph() {
+    for n in [1, 2] {
+        ranks(n, |world| {
+            let strategy = ShardingStrategy::FullShard;
+            let units = WrapPolicy::from(vec!["rows"]);
+            let builder =
+                FsdpBuilder::new(&mesh(&world, strategy), FsdpConfig { units, ..config(strategy) }).unwrap();
+            let weight = builder.var_builder().pp("rows").get((5, 4), "weight").unwrap();
+            let scale = builder.var_builder().get(4, "scale").unwrap();
+            let rows = builder.wrap("rows", Rows(weight)).unwrap();
+            let fsdp = builder.build().unwrap();
+            let x = tensor(&[2, 4], 1);
+            let forward = || rows.forward(&x)?.broadcast_mul(&scale)?.add(&x);
+            let trained = fsdp.forward(&[&x], forward).unwrap().to_vec2::<f32>().unwrap();
+            assert_eq!(fsdp.eval(forward).unwrap().to_vec2::<f32>().unwrap(), trained);
+        });
+    }
+}
+
 /// A root with parameters before and behind its blocks.
 struct Surrounded<B> {
     before: candle_nn::Linear,

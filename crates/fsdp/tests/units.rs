@@ -264,3 +264,23 @@ fn a_wrapped_module_that_runs_before_its_model_is_built_says_so() {
     let error = net.forward(&tensor(&[1, 2], 0)).unwrap_err().to_string();
     assert!(error.contains("\"net\": its model is not built yet"), "{error}");
 }
+
+#[test]
+fn replicas_begin_alike_or_not_at_all() {
+    let build = |world: &ProcessGroup, strategy, sync_module_states| {
+        let seed = world.rank().0 as u64;
+        let config = FsdpConfig { strategy, seed, sync_module_states, ..FsdpConfig::default() };
+        let builder = FsdpBuilder::new(&mesh(world, strategy), config).unwrap();
+        let _model = linear(3, 2, builder.var_builder()).unwrap();
+        builder.build()
+    };
+    for strategy in [ShardingStrategy::NoShard, ShardingStrategy::HybridShard] {
+        let states = ranks(4, |world| {
+            let error = build(&world, strategy, false).unwrap_err().to_string();
+            assert!(error.contains("seed 0") && error.contains("seed 1"), "{error}");
+            full(&build(&world, strategy, true).unwrap())
+        });
+        let first = ranks(1, |world| full(&build(&world, ShardingStrategy::FullShard, false).unwrap()));
+        assert!(states.iter().all(|state| *state == first[0]), "{strategy:?}");
+    }
+}
