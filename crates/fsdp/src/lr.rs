@@ -1,4 +1,6 @@
-//! Learning rates by step, as plain functions: hand the result to [`Optimizer::set_lr`](crate::Optimizer::set_lr).
+//! Learning rates by step, as plain functions: hand the result to [`Optimizer::set_lr`](crate::Optimizer::set_lr), or, for
+//! groups with rates of their own, the result for each rate that they began with to
+//! [`Optimizer::set_group_lr`](crate::Optimizer::set_group_lr).
 
 /// Grows evenly from `base / n_warmup` at step 0 to `base` at step `n_warmup - 1`, and stays there.
 ///
