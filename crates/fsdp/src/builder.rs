@@ -132,8 +132,9 @@ impl FsdpBuilder {
     fn assemble(self, initialize: bool) -> Result<Fsdp> {
         let mut declared = lock(&self.declared);
         let mut lines = declared.lines();
-        lines.push(format!("strategy {:?}, {:?}", self.config.strategy, self.config.mixed_precision));
-        if self.groups.replicate.size() > 1 && initialize && !self.config.sync_module_states {
+        let FsdpConfig { strategy, mixed_precision, sync_module_states, .. } = &self.config;
+        lines.push(format!("strategy {strategy:?}, {mixed_precision:?}, synchronized: {sync_module_states}"));
+        if self.groups.replicate.size() > 1 && initialize && !sync_module_states {
             // Replicas of other values would stay others for ever.
             lines.push(format!("seed {}", self.config.seed));
         }

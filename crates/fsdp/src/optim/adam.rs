@@ -82,8 +82,12 @@ impl Hyper for AdamConfig {
         }
     }
 
-    fn lr(&mut self) -> &mut f64 {
-        &mut self.lr
+    fn lr(&self) -> f64 {
+        self.lr
+    }
+
+    fn set_lr(&mut self, lr: f64) {
+        self.lr = lr;
     }
 }
 

@@ -16,7 +16,8 @@ pub(super) trait Hyper: Copy {
     /// Takes what [`Hyper::numbers`] gave on some rank.
     fn set_numbers(&mut self, numbers: &[f64]);
     /// The learning rate.
-    fn lr(&mut self) -> &mut f64;
+    fn lr(&self) -> f64;
+    fn set_lr(&mut self, lr: f64);
 }
 
 /// The hyperparameters of every group, the optimizer's own first.
@@ -37,15 +38,15 @@ impl<C: Hyper> Configs<C> {
     }
 
     pub(super) fn lrs(&self) -> Vec<f64> {
-        self.0.iter().map(|config| *config.clone().lr()).collect()
+        self.0.iter().map(C::lr).collect()
     }
 
     pub(super) fn set_lr(&mut self, lr: f64) {
-        self.0.iter_mut().for_each(|config| *config.lr() = lr);
+        self.0.iter_mut().for_each(|config| config.set_lr(lr));
     }
 
     pub(super) fn set_group_lr(&mut self, group: usize, lr: f64) {
-        *self.0[group].lr() = lr;
+        self.0[group].set_lr(lr);
     }
 
     /// These with what a saved state says of them. `params` are the names of each group's parameters; what is saved on

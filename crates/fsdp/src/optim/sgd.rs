@@ -107,7 +107,7 @@ impl Optimizer for Sgd {
         if let State::Plain(moments) = &self.state
             && configs.iter().any(|config| config.momentum != 0.0)
         {
-            self.state = State::Momentum(moments.with_buffer());
+            self.state = State::Momentum(moments.with_buffer(fsdp));
         }
         match &mut self.state {
             State::Plain(moments) => moments.load_state_dict(fsdp, saved, [], false)?,
@@ -164,8 +164,12 @@ impl Hyper for SgdConfig {
         }
     }
 
-    fn lr(&mut self) -> &mut f64 {
-        &mut self.lr
+    fn lr(&self) -> f64 {
+        self.lr
+    }
+
+    fn set_lr(&mut self, lr: f64) {
+        self.lr = lr;
     }
 }
 

@@ -28,8 +28,6 @@ pub(super) struct Moments<const N: usize> {
 #[derive(Debug)]
 struct UnitMoments<const N: usize> {
     step: u64,
-    /// Elements of each buffer.
-    numel: usize,
     buffers: [Shard; N],
     /// Which elements have which group's hyperparameters.
     runs: Vec<(Range<usize>, usize)>,
@@ -44,7 +42,6 @@ impl<const N: usize> Moments<N> {
         }
         let zeroed = |unit: &Arc<crate::unit::Unit>| UnitMoments {
             step: 0,
-            numel: unit.flat.trainable_shard_numel(),
             buffers: std::array::from_fn(|_| Shard::zeros(unit.flat.trainable_shard_numel())),
             runs: runs(&unit.flat, unit.shard_index(), |param| group_of(groups, param)),
         };
@@ -66,7 +63,7 @@ impl<const N: usize> Moments<N> {
         for (unit, moments) in fsdp.units.iter().zip(&mut self.units) {
             let Some(gradient) = unit.take_gradient() else { continue };
             moments.step += 1;
-            let UnitMoments { step, buffers, runs, .. } = moments;
+            let UnitMoments { step, buffers, runs } = moments;
             let factors: Vec<F> = (0..self.params.len()).map(|group| factors(*step, group)).collect();
             unit.shard.update(gradient.len(), buffers, |block, param, mut buffers| {
                 for (run, group) in runs.iter() {
@@ -182,15 +179,14 @@ impl<const N: usize> Moments<N> {
 }
 
 impl Moments<0> {
-    /// The same with a zeroed buffer.
-    pub(super) fn with_buffer(&self) -> Moments<1> {
-        let with_buffer = |unit: &UnitMoments<0>| UnitMoments {
-            step: unit.step,
-            buffers: [Shard::zeros(unit.numel)],
-            numel: unit.numel,
-            runs: unit.runs.clone(),
+    /// The same with a zeroed buffer, beside the shards of the model that it was made for.
+    pub(super) fn with_buffer(&self, fsdp: &Fsdp) -> Moments<1> {
+        let with_buffer = |(unit, moments): (&Arc<crate::unit::Unit>, &UnitMoments<0>)| UnitMoments {
+            step: moments.step,
+            buffers: [Shard::zeros(unit.flat.trainable_shard_numel())],
+            runs: moments.runs.clone(),
         };
-        let units = self.units.iter().map(with_buffer).collect();
+        let units = fsdp.units.iter().zip(&self.units).map(with_buffer).collect();
         Moments { pass: self.pass.clone(), units, params: self.params.clone() }
     }
 }

@@ -17,7 +17,7 @@ use rustix::net::{
 const PER_MESSAGE: usize = 200;
 const SPACE: usize = cmsg_space!(ScmRights(PER_MESSAGE));
 
-/// Pause before what the system refused for now is sent again.
+/// Pause before the system is asked again to pass on what it refused.
 const RETRY: Duration = Duration::from_millis(1);
 
 /// Sends `fds` in as many messages as it takes, each with `text`.

@@ -217,7 +217,9 @@ pub(super) fn lead(offer: &Offer, group: &Membership, watch: &Watch) -> Result<A
         }
         stopped(stop, group, present)
     });
-    let handed = guests.iter().try_for_each(|guest| guest.give(&[&fd], &patience));
+    // To all of them, whatever becomes of one.
+    let handed: Vec<_> = guests.iter().map(|guest| guest.give(&[&fd], &patience)).collect();
+    let handed: Result<(), Stop> = handed.into_iter().collect();
     admitted.and(handed.map_err(|stop| stopped(stop, group, present(group, &guests))))?;
     Ok(Arc::new(mapping))
 }
