@@ -1,5 +1,5 @@
-//! `cargo xtask soak`: legs of one training run, one after the other, for as long as asked: each on a world of random size
-//! and layout under a memory limit, ended by itself, by SIGTERM, or by killing a rank at a random moment.
+//! `cargo xtask soak`: legs of one training run, one after the other, for as long as asked: each on a world of random size,
+//! or of the one that is asked for, and of random layout under a memory limit, ended by itself, by SIGTERM, or by killing a rank at a random moment.
 //!
 //! After each leg: the state that it resumed has the digest that was saved, no commit is lost, no process is left, and
 //! nothing in shared memory. In legs that nothing disturbs, memory and descriptors of the ranks are compared early and
@@ -16,7 +16,7 @@ use crate::demo::log::Log;
 use crate::demo::{build, built, fresh_seed, scramble};
 use crate::root;
 
-const USAGE: &str = "usage: cargo xtask soak [--minutes N] [--seed N]";
+const USAGE: &str = "usage: cargo xtask soak [--minutes N] [--ranks N] [--seed N]";
 /// Kilobytes of address space of each rank (`ulimit -v`).
 const LIMIT_KB: &str = "1500000";
 /// Milliseconds of a step at least.
@@ -25,6 +25,14 @@ const PACE: u64 = 2;
 const LIMIT: Duration = Duration::from_secs(120);
 /// How much more memory a rank may hold late in a leg than early: caches of the allocator settle meanwhile.
 const GROWTH_KIB: u64 = 4 << 10;
+
+/// What is asked for.
+struct Options {
+    minutes: f64,
+    /// The world size of every leg; drawn for each where it is left open.
+    ranks: Option<u64>,
+    seed: u64,
+}
 
 /// How a leg ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,33 +63,42 @@ struct Totals {
 
 /// Runs legs until the time is over.
 pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
-    let (mut minutes, mut seed) = (60.0, fresh_seed());
-    for option in arguments.chunks(2) {
-        let value = option.get(1).ok_or(USAGE)?;
-        match option[0].as_str() {
-            "--minutes" => minutes = value.parse().map_err(|_| USAGE)?,
-            "--seed" => seed = value.parse().map_err(|_| USAGE)?,
-            _ => return Err(USAGE.to_owned()),
-        }
-    }
+    let Options { minutes, ranks, seed } = Options::parse(arguments)?;
     build()?;
     let out = root().join("runs/soak");
     let _none = std::fs::remove_dir_all(&out);
     std::fs::create_dir_all(&out).map_err(|e| format!("{}: {e}", out.display()))?;
-    println!("seed {seed}, {minutes} minutes");
+    let worlds = ranks.map_or("1 to 4 ranks".to_owned(), |n| format!("{n} ranks"));
+    println!("seed {seed}, {minutes} minutes, legs of {worlds}");
     let (started, mut totals) = (Instant::now(), Totals::default());
     while started.elapsed().as_secs_f64() < minutes * 60.0 {
-        let leg = Leg::draw(seed, totals.legs as u64);
+        let leg = Leg::draw(seed, totals.legs as u64, ranks);
         leg.run(&out, &mut totals).map_err(|e| format!("seed {seed}, leg {}: {e}", totals.legs))?;
         totals.legs += 1;
     }
     report(&out, &totals, started.elapsed())
 }
 
+impl Options {
+    fn parse(arguments: &[String]) -> Result<Options, String> {
+        let mut options = Options { minutes: 60.0, ranks: None, seed: fresh_seed() };
+        for option in arguments.chunks(2) {
+            let value = option.get(1).ok_or(USAGE)?;
+            match option[0].as_str() {
+                "--minutes" => options.minutes = value.parse().map_err(|_| USAGE)?,
+                "--ranks" => options.ranks = Some(value.parse().ok().filter(|n| *n > 0).ok_or(USAGE)?),
+                "--seed" => options.seed = value.parse().map_err(|_| USAGE)?,
+                _ => return Err(USAGE.to_owned()),
+            }
+        }
+        Ok(options)
+    }
+}
+
 impl Leg {
-    fn draw(seed: u64, nth: u64) -> Leg {
+    fn draw(seed: u64, nth: u64, ranks: Option<u64>) -> Leg {
         let draw = |salt: u64| scramble(scramble(seed ^ (nth << 8)) ^ salt);
-        let world = 1 + draw(1) % 4;
+        let world = ranks.unwrap_or(1 + draw(1) % 4);
         let replicas = if world % 2 == 0 { 1 + draw(2) % 2 } else { 1 };
         let end = match draw(3) % 4 {
             0 => End::ByItself,
