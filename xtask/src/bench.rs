@@ -59,7 +59,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), String> {
     let options = Options::parse(rest)?;
     match name.as_str() {
         "report" => return report::run(&options),
-        "gpu" => return gpu(),
+        "gpu" => return gpu(&options),
         "kernels" => return single::kernels(),
         _ => {}
     }
@@ -89,12 +89,16 @@ fn cargo_bench(arguments: &str) -> Command {
 }
 
 /// The tables that a program of rank processes prints: it takes a CUDA device for each rank, and what building with feature
-/// `nccl` takes.
-fn gpu() -> Result<(), String> {
-    let mut command = Command::new(env!("CARGO"));
-    command.args("bench -q -p sconce-testkit --features nccl --bench gpu".split(' '));
-    let status = command.current_dir(root()).status().map_err(|e| format!("{command:?}: {e}"))?;
-    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}")) }
+/// `nccl` takes. Then the step of torch, if it is asked for.
+fn gpu(options: &Options) -> Result<(), String> {
+    let ours = cargo_bench("-p sconce-testkit --features nccl --bench gpu");
+    for mut command in [Some(ours), options.torch_peer("gpu.py")].into_iter().flatten() {
+        let status = command.current_dir(root()).status().map_err(|e| format!("{command:?}: {e}"))?;
+        if !status.success() {
+            return Err(format!("{command:?}: {status}"));
+        }
+    }
+    Ok(())
 }
 
 /// What a program printed on standard output.

@@ -1,5 +1,5 @@
 //! What CUDA devices make of it: the bandwidth of NCCL through process groups, what overlap saves of an FSDP step, and saves
-//! of device memory beside the copy alone. Prints tables and judges nothing: `cargo xtask bench gpu`.
+//! of device memory beside the copy and the write alone. Prints tables and judges nothing: `cargo xtask bench gpu`.
 //!
 //! Ranks are processes, one a device, or as many as `SCONCE_GPU_RANKS` says. Times are medians of the slowest rank.
 
@@ -174,6 +174,12 @@ fn saves(world: &ProcessGroup, device: &Device) {
     let all = world.all_gather_object(dir.path().as_os_str().as_encoded_bytes()).unwrap();
     let first = std::path::PathBuf::from(String::from_utf8(all[0].clone()).unwrap());
     let name = format!("tensor{}", world.rank());
+    let plain = {
+        let (path, bytes) = (first.join(format!("plain{}", world.rank())), vec![1u8; SAVED_BYTES]);
+        let seconds = median(world, 3, || std::fs::write(&path, &bytes).unwrap());
+        std::fs::remove_file(&path).unwrap();
+        seconds
+    };
     let state = StateDict::from_iter([(name, Value::try_from(&tensor).unwrap())]);
     let save = median(world, 3, || {
         let options =
@@ -183,6 +189,7 @@ fn saves(world: &ProcessGroup, device: &Device) {
     let gigabytes = |seconds: f64| SAVED_BYTES as f64 / seconds / 1e9;
     say(world, "\n1 GiB of each device to host memory\tGB/s a rank");
     say(world, &format!("copy to pinned memory\t{:.2}", gigabytes(copy)));
+    say(world, &format!("plain write to /dev/shm\t{:.2}", gigabytes(plain)));
     say(world, &format!("save to /dev/shm, with checksums\t{:.2}", gigabytes(save)));
     // The first rank's folder outlives the last save of the others.
     world.barrier().unwrap();
