@@ -99,7 +99,7 @@ impl Leg {
     fn draw(seed: u64, nth: u64, ranks: Option<u64>) -> Leg {
         let draw = |salt: u64| scramble(scramble(seed ^ (nth << 8)) ^ salt);
         let world = ranks.unwrap_or(1 + draw(1) % 4);
-        let replicas = if world % 2 == 0 { 1 + draw(2) % 2 } else { 1 };
+        let replicas = if world.is_multiple_of(2) { 1 + draw(2) % 2 } else { 1 };
         let end = match draw(3) % 4 {
             0 => End::ByItself,
             1 => End::Terminated,

@@ -110,7 +110,8 @@ pub struct SeriesReport {
     pub saved: SaveReport,
     /// Steps whose checkpoints were removed.
     pub removed: Vec<u64>,
-    /// Steps whose checkpoints are to go, but somebody reads them: the next save tries again.
+    /// Steps whose checkpoints are to go, but somebody reads them, or put files of another kind there: the next save tries
+    /// again.
     pub in_use: Vec<u64>,
 }
 
@@ -232,7 +233,7 @@ impl<'g> Series<'g> {
         for step in self.options.keep.dispensable(&metrics) {
             match remove::remove(&self.path_of(step))? {
                 Removal::Gone => removed.push(step),
-                Removal::Read | Removal::Written => in_use.push(step),
+                Removal::Read | Removal::Written | Removal::Foreign => in_use.push(step),
             }
         }
         Ok((removed, in_use))
@@ -264,10 +265,7 @@ impl<'g> Series<'g> {
     /// Removes directories that a dead process was writing or removing. One with foreign files in it stays.
     fn remove_stale(&self) -> Result<()> {
         for stale in self.names()?.iter().filter(|name| name::is_temporary(name)) {
-            match remove::remove(&self.dir.join(stale)) {
-                Ok(_) | Err(Error::AlreadyExists { .. }) => {}
-                Err(error) => return Err(error),
-            }
+            remove::remove(&self.dir.join(stale))?;
         }
         Ok(())
     }

@@ -26,7 +26,7 @@ impl ProcessGroup {
     /// # Source
     /// `torch.distributed.barrier`.
     pub fn barrier(&self) -> Result<()> {
-        self.backend().barrier()
+        self.backend()?.barrier()
     }
 
     /// Copies the buffer of `root` to all other ranks.
@@ -41,7 +41,7 @@ impl ProcessGroup {
     pub fn broadcast<T: Element>(&self, buffer: &mut [T], root: GroupRank) -> Result<()> {
         in_group("broadcast", root, self.size())?;
         let call = Call::rooted(CallName::Broadcast, T::DTYPE, root);
-        self.backend().broadcast(call, bytemuck::cast_slice_mut(buffer), root)
+        self.backend()?.broadcast(call, bytemuck::cast_slice_mut(buffer), root)
     }
 
     /// Replaces the buffer by the reduction of all ranks' buffers, with the same bits on every rank.
@@ -51,7 +51,7 @@ impl ProcessGroup {
     /// # Source
     /// `torch.distributed.all_reduce`.
     pub fn all_reduce<T: Element>(&self, buffer: &mut [T], op: ReduceOp) -> Result<()> {
-        self.backend().all_reduce(call::<T>(CallName::AllReduce), bytemuck::cast_slice_mut(buffer), op)
+        self.backend()?.all_reduce(call::<T>(CallName::AllReduce), bytemuck::cast_slice_mut(buffer), op)
     }
 
     /// Gathers the inputs of all ranks, in group-rank order.
@@ -216,7 +216,7 @@ impl ProcessGroup {
         let mut output: Vec<&mut [u8]> =
             output.iter_mut().map(|slice| bytemuck::cast_slice_mut(slice)).collect();
         let call = call::<T>(CallName::AllGather);
-        self.backend().all_gather(call, bytemuck::cast_slice(input), &in_bytes::<T>(counts), &mut output)
+        self.backend()?.all_gather(call, bytemuck::cast_slice(input), &in_bytes::<T>(counts), &mut output)
     }
 
     fn reduce_scatter_bytes<T: Element>(
@@ -228,7 +228,7 @@ impl ProcessGroup {
     ) -> Result<()> {
         let input: Vec<&[u8]> = input.iter().map(|slice| bytemuck::cast_slice(slice)).collect();
         let (call, output) = (call::<T>(CallName::ReduceScatter), bytemuck::cast_slice_mut(output));
-        self.backend().reduce_scatter(call, op, &input, &in_bytes::<T>(counts), output)
+        self.backend()?.reduce_scatter(call, op, &input, &in_bytes::<T>(counts), output)
     }
 
     fn all_to_all_bytes<T: Element>(
@@ -241,7 +241,7 @@ impl ProcessGroup {
     ) -> Result<()> {
         let (send, receive) = (in_bytes::<T>(send), in_bytes::<T>(receive));
         let (input, output) = (bytemuck::cast_slice(input), bytemuck::cast_slice_mut(output));
-        self.backend().all_to_all(call::<T>(name), input, &send, output, &receive)
+        self.backend()?.all_to_all(call::<T>(name), input, &send, output, &receive)
     }
 }
 

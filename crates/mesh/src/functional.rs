@@ -128,7 +128,7 @@ impl Collective {
     }
 
     fn run(&self, dtype: DType, input: &[u8], output: &mut [u8]) -> crate::Result<()> {
-        let (backend, n) = (self.group.backend(), self.group.size());
+        let (backend, n) = (self.group.backend()?, self.group.size());
         let call = Call::new(self.call_name(), dtype);
         match self.kind {
             Kind::AllReduce(op) => {

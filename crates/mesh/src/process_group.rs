@@ -401,7 +401,7 @@ impl ProcessGroup {
 
     /// The group of the two ends of `lane`, once the works issued on it before are done.
     pub(crate) fn channel(&self, lane: &Lane, from: GroupRank, to: GroupRank) -> Result<ProcessGroup> {
-        lane.progress.settle();
+        lane.progress.settle()?;
         if let Some(group) = lane.group.get() {
             return Ok(self.sibling(Arc::clone(group)));
         }
@@ -476,9 +476,12 @@ impl ProcessGroup {
     }
 
     /// What carries calls out, once those issued before are done.
-    pub(crate) fn backend(&self) -> &dyn Backend {
-        self.group.progress.settle();
-        &self.group.backend
+    ///
+    /// # Errors
+    /// `InvalidArgument` inside of a work that one of them waits for.
+    pub(crate) fn backend(&self) -> Result<&dyn Backend> {
+        self.group.progress.settle()?;
+        Ok(&self.group.backend)
     }
 
     pub(crate) fn progress(&self) -> &Progress {
@@ -494,7 +497,7 @@ impl ProcessGroup {
         sizes: (usize, usize),
         run: impl FnOnce(&dyn DeviceBackend, &dyn Backend) -> Result<()>,
     ) -> Result<()> {
-        self.group.progress.settle();
+        self.group.progress.settle()?;
         let device = self.group.device.get_or_init(|| {
             let membership = Membership {
                 group: self.name().to_owned(),

@@ -1,13 +1,17 @@
 //! Work: the result of collectives issued to a progress thread, while the caller goes on.
 
+mod circle;
 mod progress;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
+use self::circle::Waiting;
 pub(crate) use self::progress::Progress;
+use self::progress::is_progress_thread;
 use crate::{Element, Error, GroupRank, ProcessGroup, Result};
 
 /// Collectives under way.
@@ -27,14 +31,16 @@ pub struct Work<R> {
 struct Slot<R> {
     result: Mutex<Option<Result<R>>>,
     done: Condvar,
+    /// Stays when the result has been taken.
+    is_filled: AtomicBool,
 }
 
-impl<R> Work<R> {
+impl<R: Send + 'static> Work<R> {
     /// Waits for the result. Each collective has its own deadline, which begins when its turn comes.
     ///
     /// # Errors
-    /// What the collectives return; `InvalidArgument` inside of a work that was issued before on the same group, whose turn
-    /// would have to end first.
+    /// What the collectives return; `InvalidArgument` inside of a work whose turn would have to end first: one that was
+    /// issued before on the same group, or one that works of other groups wait for.
     pub fn wait(self) -> Result<R> {
         if self.runner == Some(thread::current().id()) && !self.is_completed() {
             return Err(Error::InvalidArgument {
@@ -44,6 +50,13 @@ impl<R> Work<R> {
                 got: "one whose turn comes after this".to_owned(),
             });
         }
+        let _waiting = match self.runner {
+            Some(runner) if is_progress_thread() && !self.is_completed() => {
+                let slot = Arc::clone(&self.slot);
+                Some(Waiting::of_this_thread(runner, move || slot.is_filled.load(Ordering::Acquire))?)
+            }
+            _ => None,
+        };
         let mut result = self.slot.result.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             if let Some(result) = result.take() {
@@ -76,6 +89,7 @@ impl<R> Work<R> {
 impl<R> Slot<R> {
     fn fill(&self, result: Result<R>) {
         *self.result.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+        self.is_filled.store(true, Ordering::Release);
         self.done.notify_all();
     }
 }
@@ -145,7 +159,8 @@ fn issue<R: Send + 'static>(
     group: ProcessGroup,
     call: impl FnOnce(&ProcessGroup) -> Result<R> + Send + 'static,
 ) -> Work<R> {
-    let slot = Arc::new(Slot { result: Mutex::new(None), done: Condvar::new() });
+    let slot =
+        Arc::new(Slot { result: Mutex::new(None), done: Condvar::new(), is_filled: AtomicBool::new(false) });
     let filled = Arc::clone(&slot);
     let started = progress.push(Box::new(move || {
         let result = catch_unwind(AssertUnwindSafe(|| call(&group))).unwrap_or_else(|_| {

@@ -58,14 +58,14 @@ pub(super) fn checkpoints(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
 /// Removes a checkpoint, unless somebody reads it or writes to it: whether it is gone.
 fn remove(path: &Path) -> Result<bool> {
     if Format::of(path)? == Format::Sconce {
-        let removed = remove_unused(path).map_err(|error| match error {
-            Error::AlreadyExists { path, .. } => {
-                let other = std::io::Error::other("it holds files that are not a checkpoint's");
-                Error::io("remove", &path, &other)
+        return match remove_unused(path)? {
+            Removal::Gone => Ok(true),
+            Removal::Read | Removal::Written => Ok(false),
+            Removal::Foreign => {
+                let why = std::io::Error::other("it holds files that are not a checkpoint's");
+                Err(Error::io("remove", path, &why))
             }
-            other => other,
-        });
-        return Ok(removed? == Removal::Gone);
+        };
     }
     // Out of the way by one rename, so that nobody sees half of it.
     let mut name = path.file_name().map(ToOwned::to_owned).unwrap_or_default();

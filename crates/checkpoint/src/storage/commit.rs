@@ -73,6 +73,7 @@ pub(crate) fn prepare(target: &Path, overwrite: bool, sync: bool) -> Result<Stag
             Err(e) if e.kind() == ErrorKind::AlreadyExists => match remove(&dir)? {
                 Removal::Written => break,
                 Removal::Read => set_aside(&dir).map(drop)?,
+                Removal::Foreign => return Err(Error::AlreadyExists { path: dir, is_checkpoint: false }),
                 Removal::Gone => {}
             },
             Err(e) => return Err(Error::io("create directory", &dir, &e)),

@@ -18,6 +18,8 @@ pub(crate) enum Removal {
     Read,
     /// Another process writes or removes it: it is as it was.
     Written,
+    /// It holds files that no checkpoint has, or is no directory: it is as it was.
+    Foreign,
 }
 
 /// Removes a checkpoint or what is left of one, unless somebody uses it.
@@ -26,9 +28,14 @@ pub(crate) enum Removal {
 /// a checkpoint.
 ///
 /// # Errors
-/// `AlreadyExists` if it holds files that no checkpoint has; `Io`.
+/// `Io`.
 pub(crate) fn remove(dir: &Path) -> Result<Removal> {
     loop {
+        match contents(dir)? {
+            Contents::None => return Ok(Removal::Gone),
+            Contents::Foreign => return Ok(Removal::Foreign),
+            Contents::Ours => {}
+        }
         let Some(manifest) = open_or_create(dir)? else { return Ok(Removal::Gone) };
         let path = dir.join(MANIFEST_NAME);
         match lock::claim(&manifest).map_err(|e| Error::io("lock", &path, &e))? {
@@ -88,10 +95,6 @@ fn is_aside(dir: &Path) -> bool {
 /// The manifest of a directory, made if it has none, so that it can be locked. `None` if there is no directory.
 fn open_or_create(dir: &Path) -> Result<Option<File>> {
     let path = dir.join(MANIFEST_NAME);
-    if dir.symlink_metadata().is_err_and(|e| e.kind() == ErrorKind::NotFound) {
-        return Ok(None);
-    }
-    check_ours(dir)?;
     match OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path) {
         Ok(manifest) => Ok(Some(manifest)),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
@@ -99,13 +102,23 @@ fn open_or_create(dir: &Path) -> Result<Option<File>> {
     }
 }
 
-/// Refuses a directory with files that are not a checkpoint's: it has the name by chance.
-fn check_ours(dir: &Path) -> Result<()> {
-    let not_ours = || Error::AlreadyExists { path: dir.to_owned(), is_checkpoint: false };
+/// What lies at a path.
+enum Contents {
+    /// Nothing.
+    None,
+    /// A directory with nothing but files of a checkpoint.
+    Ours,
+    /// Anything else, which has the name by chance.
+    Foreign,
+}
+
+fn contents(dir: &Path) -> Result<Contents> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(e) if e.kind() == ErrorKind::NotADirectory => return Err(not_ours()),
+        // A link that leads nowhere is there all the same.
+        Err(e) if e.kind() == ErrorKind::NotFound && dir.is_symlink() => return Ok(Contents::Foreign),
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Contents::None),
+        Err(e) if e.kind() == ErrorKind::NotADirectory => return Ok(Contents::Foreign),
         Err(e) => return Err(Error::io("list", dir, &e)),
     };
     // What is written in another format has our manifest beside it until it is published.
@@ -116,10 +129,10 @@ fn check_ours(dir: &Path) -> Result<()> {
             name == MANIFEST_NAME || shard::is_file_name(name) || (is_written_here && is_foreign(name))
         };
         if !name.to_str().is_some_and(is_ours) {
-            return Err(not_ours());
+            return Ok(Contents::Foreign);
         }
     }
-    Ok(())
+    Ok(Contents::Ours)
 }
 
 /// The files of the writers of torch's and Hugging Face's formats.
@@ -186,7 +199,12 @@ mod tests {
     fn a_directory_of_others_is_never_removed() {
         let parent = tempfile::tempdir().unwrap();
         let dir = directory(parent.path(), "a.tmp", &["thesis.tex"]);
-        assert!(matches!(remove(&dir), Err(Error::AlreadyExists { is_checkpoint: false, .. })));
+        assert_eq!(remove(&dir).unwrap(), Removal::Foreign);
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
+        assert_eq!(remove(&dir.join("thesis.tex")).unwrap(), Removal::Foreign);
+        let nowhere = parent.path().join("b.tmp");
+        std::os::unix::fs::symlink("nowhere", &nowhere).unwrap();
+        assert_eq!(remove(&nowhere).unwrap(), Removal::Foreign);
+        assert!(nowhere.is_symlink());
     }
 }

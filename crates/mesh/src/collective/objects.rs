@@ -49,7 +49,7 @@ impl ProcessGroup {
         let objects = if self.group_rank() == root { self.root_objects(objects)? } else { &[] };
         let mut lens = vec![0i64; self.size()];
         lens.iter_mut().zip(objects).for_each(|(len, object)| *len = object.len() as i64);
-        self.backend().broadcast(
+        self.backend()?.broadcast(
             Call::rooted(NAME, DType::I64, root),
             bytemuck::cast_slice_mut(&mut lens),
             root,
@@ -79,13 +79,13 @@ impl ProcessGroup {
         }
         let mut object = object.filter(|_| is_root).map_or(Vec::new(), <[u8]>::to_vec);
         let mut len = [object.len() as i64];
-        self.backend().broadcast(
+        self.backend()?.broadcast(
             Call::rooted(NAME, DType::I64, root),
             bytemuck::cast_slice_mut(&mut len),
             root,
         )?;
         object.resize(len[0] as usize, 0);
-        self.backend().broadcast(Call::rooted(NAME, DType::U8, root), &mut object, root)?;
+        self.backend()?.broadcast(Call::rooted(NAME, DType::U8, root), &mut object, root)?;
         Ok(object)
     }
 
@@ -94,7 +94,7 @@ impl ProcessGroup {
         let lens = self.exchange_lens(Call::new(name, DType::I64), object.len())?;
         let mut objects: Vec<Vec<u8>> = lens.iter().map(|len| vec![0; *len]).collect();
         let mut output: Vec<&mut [u8]> = objects.iter_mut().map(Vec::as_mut_slice).collect();
-        self.backend().all_gather(Call::new(name, DType::U8), object, &lens, &mut output)?;
+        self.backend()?.all_gather(Call::new(name, DType::U8), object, &lens, &mut output)?;
         Ok(objects)
     }
 
@@ -102,7 +102,7 @@ impl ProcessGroup {
         let mut lens = vec![0i64; self.size()];
         let (input, counts) = ([len as i64], vec![8; self.size()]);
         let output = &mut [bytemuck::cast_slice_mut(&mut lens)];
-        self.backend().all_gather(call, bytemuck::cast_slice(&input), &counts, output)?;
+        self.backend()?.all_gather(call, bytemuck::cast_slice(&input), &counts, output)?;
         Ok(lens.into_iter().map(|len| len as usize).collect())
     }
 
@@ -115,7 +115,7 @@ impl ProcessGroup {
         receive: &[usize],
     ) -> Result<Vec<Vec<u8>>> {
         let mut output = vec![0; receive.iter().sum()];
-        self.backend().all_to_all(Call::new(name, DType::U8), input, send, &mut output, receive)?;
+        self.backend()?.all_to_all(Call::new(name, DType::U8), input, send, &mut output, receive)?;
         let parts = offsets(receive).into_iter().zip(receive);
         Ok(parts.map(|(offset, len)| output[offset..offset + len].to_vec()).collect())
     }

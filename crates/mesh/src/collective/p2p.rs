@@ -23,7 +23,7 @@ impl ProcessGroup {
     pub fn send<T: Element>(&self, buffer: &[T], to: GroupRank) -> Result<()> {
         let channel = self.peer_channel("send", to, (self.group_rank(), to))?;
         let bytes = bytemuck::cast_slice(buffer);
-        channel.backend().all_gather(call::<T>(), bytes, &[bytes.len(), 0], &mut [])
+        channel.backend()?.all_gather(call::<T>(), bytes, &[bytes.len(), 0], &mut [])
     }
 
     /// Receives the buffer from group rank `from`.
@@ -39,7 +39,7 @@ impl ProcessGroup {
     pub fn recv<T: Element>(&self, buffer: &mut [T], from: GroupRank) -> Result<()> {
         let channel = self.peer_channel("recv", from, (from, self.group_rank()))?;
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(buffer);
-        channel.backend().all_gather(call::<T>(), &[], &[bytes.len(), 0], &mut [bytes])
+        channel.backend()?.all_gather(call::<T>(), &[], &[bytes.len(), 0], &mut [bytes])
     }
 
     fn peer_channel(

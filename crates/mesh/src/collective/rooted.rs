@@ -29,8 +29,8 @@ impl ProcessGroup {
         let call = Call::rooted(CallName::Reduce, T::DTYPE, root);
         let mut part = vec![T::zeroed(); part_of(self.group_rank().0)];
         let (input, own) = (bytemuck::cast_slice(input), bytemuck::cast_slice_mut(&mut part));
-        self.backend().reduce_scatter(call, op, &[input], &counts, own)?;
-        self.backend().all_gather(
+        self.backend()?.reduce_scatter(call, op, &[input], &counts, own)?;
+        self.backend()?.all_gather(
             call,
             bytemuck::cast_slice(&part),
             &counts,
@@ -61,7 +61,7 @@ impl ProcessGroup {
         let output = self.on_root(OP, output, root, total(counts))?;
         let call = Call::rooted(CallName::Gather, T::DTYPE, root);
         let (input, output) = (bytemuck::cast_slice(input), bytemuck::cast_slice_mut(output));
-        self.backend().all_gather(call, input, &super::in_bytes::<T>(counts), &mut [output])
+        self.backend()?.all_gather(call, input, &super::in_bytes::<T>(counts), &mut [output])
     }
 
     /// Gives each rank its part of the input of `root`.
@@ -95,7 +95,7 @@ impl ProcessGroup {
         let send = if is_root { counts } else { vec![0; self.size()] };
         let call = Call::rooted(CallName::Scatter, T::DTYPE, root);
         let (input, output) = (bytemuck::cast_slice(input), bytemuck::cast_slice_mut(output));
-        self.backend().all_to_all(call, input, &send, output, &receive)
+        self.backend()?.all_to_all(call, input, &send, output, &receive)
     }
 
     /// The output on the root, and an empty one elsewhere.

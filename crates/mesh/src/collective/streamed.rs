@@ -26,7 +26,7 @@ impl ProcessGroup {
         n_counts(OP, "number of counts", self.size(), counts.len())?;
         len_is(OP, "length of input", Some(counts[self.group_rank().0]), input.len())?;
         let first = FirstError::new(self);
-        let result = self.backend().all_gather_streamed(
+        let result = self.backend()?.all_gather_streamed(
             call::<u8>(CallName::AllGather),
             input,
             counts,
@@ -57,7 +57,7 @@ impl ProcessGroup {
         let own = total(&[send_counts[me], receive_counts[me]]).unwrap_or(usize::MAX);
         len_is(OP, "count this rank sends to itself", Some(0), own)?;
         let first = FirstError::new(self);
-        let result = self.backend().all_to_all_streamed(
+        let result = self.backend()?.all_to_all_streamed(
             call::<u8>(CallName::AllToAllUneven),
             send_counts,
             receive_counts,

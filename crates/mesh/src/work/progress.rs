@@ -1,10 +1,21 @@
 //! Progress: one thread that runs jobs in the order in which they were pushed. It starts with the first.
 
+use std::cell::Cell;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, ThreadId};
 
+use super::circle::Waiting;
 use crate::{Error, Result};
+
+thread_local! {
+    static IS_PROGRESS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread runs jobs.
+pub(super) fn is_progress_thread() -> bool {
+    IS_PROGRESS.get()
+}
 
 pub(super) type Job = Box<dyn FnOnce() + Send>;
 
@@ -62,11 +73,23 @@ impl Progress {
     }
 
     /// Waits until all jobs pushed so far are done. A job itself does not wait: it is its turn.
-    pub(crate) fn settle(&self) {
-        let Some(running) = self.running.get() else { return };
-        if thread::current().id() != running.thread {
-            running.pending.wait_for_pushed();
+    ///
+    /// # Errors
+    /// `InvalidArgument` in a job of another queue that one of these jobs waits for.
+    pub(crate) fn settle(&self) -> Result<()> {
+        let Some(running) = self.running.get() else { return Ok(()) };
+        if thread::current().id() == running.thread {
+            return Ok(());
         }
+        let pushed = running.pending.counts().pushed;
+        let _waiting = if is_progress_thread() && !running.pending.has_done(pushed) {
+            let pending = Arc::clone(&running.pending);
+            Some(Waiting::of_this_thread(running.thread, move || pending.has_done(pushed))?)
+        } else {
+            None
+        };
+        running.pending.wait_for(pushed);
+        Ok(())
     }
 }
 
@@ -82,6 +105,7 @@ impl Running {
 }
 
 fn run(queue: &Receiver<Job>, pending: &Pending) {
+    IS_PROGRESS.set(true);
     while let Ok(job) = queue.recv() {
         job();
         pending.change(|counts| counts.done += 1);
@@ -89,15 +113,22 @@ fn run(queue: &Receiver<Job>, pending: &Pending) {
 }
 
 impl Pending {
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn change(&self, change: impl FnOnce(&mut Counts)) {
-        change(&mut self.counts.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.counts());
         self.changed.notify_all();
     }
 
-    /// Waits for the jobs that were pushed by now, whatever comes after them.
-    fn wait_for_pushed(&self) {
-        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        let pushed = counts.pushed;
+    fn has_done(&self, pushed: u64) -> bool {
+        self.counts().done >= pushed
+    }
+
+    /// Waits for the first `pushed` jobs, whatever comes after them.
+    fn wait_for(&self, pushed: u64) {
+        let mut counts = self.counts();
         while counts.done < pushed {
             counts = self.changed.wait(counts).unwrap_or_else(PoisonError::into_inner);
         }

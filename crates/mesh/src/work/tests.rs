@@ -214,3 +214,49 @@ fn a_duplicate_is_no_subgroup_of_all() {
         assert!(error.contains("duplicate(") && error.contains("subgroups("), "{error}");
     });
 }
+
+#[test]
+fn works_of_two_groups_that_wait_for_each_other_are_told_so() {
+    run(1, |one| {
+        let two = one.duplicate().unwrap();
+        for waits_for_a_work in [false, true] {
+            // Both run before either waits.
+            let both_run = Arc::new(std::sync::Barrier::new(2));
+            let wait = |own: &ProcessGroup, other: &ProcessGroup| {
+                let (other, both_run) = (other.clone(), both_run.clone());
+                own.issue(move |_| {
+                    both_run.wait();
+                    if waits_for_a_work { other.issue(ProcessGroup::barrier).wait() } else { other.barrier() }
+                })
+            };
+            let ended = [wait(&one, &two), wait(&two, &one)].map(Work::wait);
+            let is_told = |e: &&Result<()>| matches!(e, Err(Error::InvalidArgument { op: "wait", .. }));
+            assert_eq!(ended.iter().filter(is_told).count(), 1, "{ended:?}");
+            assert_eq!(ended.iter().filter(|e| e.is_ok()).count(), 1, "{ended:?}");
+        }
+        // Nothing is left of it.
+        one.issue(move |_| two.barrier()).wait().unwrap();
+    });
+}
+
+#[test]
+fn works_may_wait_for_works_of_another_group() {
+    for n in [1, 2, 3] {
+        run(n, |one| {
+            let two = one.duplicate().unwrap();
+            for step in 0..200i64 {
+                let inner = two.issue(ProcessGroup::barrier);
+                let of_two = two.clone();
+                let outer = one.issue(move |group| {
+                    inner.wait()?;
+                    of_two.barrier()?;
+                    let mut sum = [step];
+                    group.all_reduce(&mut sum, ReduceOp::Sum).map(|()| sum[0])
+                });
+                assert_eq!(outer.wait().unwrap(), step * n as i64);
+                let of_one = one.clone();
+                two.issue(move |_| of_one.barrier()).wait().unwrap();
+            }
+        });
+    }
+}
