@@ -1,4 +1,5 @@
-//! Buffers: memory of parameters that units hand on to each other instead of giving it back to the allocator.
+//! Buffers: memory of parameters that units hand on to each other instead of giving it back to the allocator; of a model on a
+//! device, the host memory of its reduced gradients, from one step to the next.
 //!
 //! A unit's parameters come and go several times a step. Memory fresh from the system costs a page fault for every 4 KiB
 //! and is zeroed before it is overwritten: as long as the copy that fills it.

@@ -13,6 +13,7 @@ use candle_core::{CpuStorage, CudaDevice, CudaStorage, DType, InplaceOp1, Layout
 use sconce_mesh::cuda::{CudaBytes, CudaBytesMut, read_chunks, uninit, write_chunks};
 use sconce_mesh::{ProcessGroup, ReduceOp};
 
+use crate::buffers::Buffers;
 use crate::error::CandleContext;
 use crate::flat_param::FlatParameter;
 use crate::grad_sync::Reduction;
@@ -186,10 +187,18 @@ pub(crate) fn reduce<T: Float>(
     if groups.replicate.size() > 1 {
         groups.replicate.cuda_all_reduce(&mut output, op)?;
     }
-    let mut values = vec![T::default(); numel];
+    let mut values = host_room(&reduction.pass.buffers, numel);
     let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut values);
     read_chunks(&output.to_read(), |at, chunk| bytes[at..at + chunk.len()].copy_from_slice(chunk))?;
     Ok(values)
+}
+
+/// Host memory for a reduced gradient. In f32 it is what the optimizer is given and gives back; a short one is cast first.
+fn host_room<T: Float>(buffers: &Buffers, numel: usize) -> Vec<T> {
+    match T::DTYPE {
+        sconce_mesh::DType::F32 => buffers.take(numel),
+        _ => vec![T::default(); numel],
+    }
 }
 
 /// Copies values of host memory to a storage of as many.

@@ -29,7 +29,7 @@ pub(crate) struct Pass {
     pub(crate) overlap: Overlap,
     /// Where the model computes.
     pub(crate) device: Device,
-    /// Memory of gathered parameters.
+    /// Memory of gathered parameters; host memory of gradients that a device reduced.
     pub(crate) buffers: Buffers,
     units: OnceLock<Vec<Weak<Unit>>>,
     eval: AtomicBool,

@@ -5,9 +5,14 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rayon::iter::{IntoParallelIterator, ParallelIterator};
+
 /// Elements that an update rewrites at a time: what it copies from held values is still in the first cache when it
 /// computes with it, so that writing beside a snapshot is no pass over memory of its own.
 const BLOCK: usize = 1024;
+
+/// Elements that a thread updates in place at a time: more than handing them to it costs.
+const PIECE: usize = 256 << 10;
 
 /// Flat elements that state dicts and snapshots may share. A clone is the same shard.
 #[derive(Debug, Clone)]
@@ -39,18 +44,24 @@ impl Shard {
 
     /// Rewrites the first `numel` elements of a shard and all of the moments beside it, which are as many.
     ///
-    /// `f` is lent consecutive ranges and changes them in place. Where a snapshot holds the values, it changes a
-    /// fresh buffer that takes their place, in one pass.
+    /// `f` is lent ranges, by several threads at a time, and changes them in place. Where a snapshot holds the values, it
+    /// changes a fresh buffer that takes their place, in one pass of this thread.
     pub(crate) fn update<const N: usize>(
         &self,
         numel: usize,
         moments: &[Shard; N],
-        mut f: impl FnMut(Range<usize>, &mut [f32], [&mut [f32]; N]),
+        f: impl Fn(Range<usize>, &mut [f32], [&mut [f32]; N]) + Sync,
     ) {
         let mut held = self.lock();
         let mut held_moments = moments.each_ref().map(Shard::lock);
         let mut target = Target::of(&mut held);
         let mut targets = held_moments.each_mut().map(|held| Target::of(held));
+        if let Some(values) = target.in_place()
+            && targets.iter_mut().all(|target| target.in_place().is_some())
+        {
+            let moments = targets.each_mut().map(|target| target.in_place().unwrap_or_default());
+            return in_pieces(&mut values[..numel], moments, &f);
+        }
         for start in (0..numel).step_by(BLOCK) {
             let range = start..(start + BLOCK).min(numel);
             let blocks = targets.each_mut().map(|target| target.block(&range));
@@ -62,6 +73,26 @@ impl Shard {
 
     fn lock(&self) -> MutexGuard<'_, Arc<Vec<f32>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Calls `f` for all of `values` and of `moments`, which are as many.
+fn in_pieces<const N: usize>(
+    values: &mut [f32],
+    moments: [&mut [f32]; N],
+    f: &(impl Fn(Range<usize>, &mut [f32], [&mut [f32]; N]) + Sync),
+) {
+    let mut moments = moments.map(|moment| moment.chunks_mut(PIECE));
+    let pieces = values.chunks_mut(PIECE).enumerate().map(|(nth, values)| {
+        let start = nth * PIECE;
+        let moments = moments.each_mut().map(|pieces| pieces.next().unwrap_or_default());
+        (start..start + values.len(), values, moments)
+    });
+    let pieces: Vec<_> = pieces.collect();
+    if pieces.len() < 2 || rayon::current_num_threads() < 2 {
+        pieces.into_iter().for_each(|(range, values, moments)| f(range, values, moments));
+    } else {
+        pieces.into_par_iter().for_each(|(range, values, moments)| f(range, values, moments));
     }
 }
 
@@ -79,6 +110,13 @@ impl<'a> Target<'a> {
         }
         let new = Vec::with_capacity(held.len());
         Self::Beside { held, new }
+    }
+
+    fn in_place(&mut self) -> Option<&mut [f32]> {
+        match self {
+            Self::InPlace(values) => Some(values),
+            Self::Beside { .. } => None,
+        }
     }
 
     /// The next block, with the old values.
@@ -134,6 +172,28 @@ mod tests {
         }
         assert_eq!(*kept.values(), vec![1.0; NUMEL]);
         assert_eq!(*kept_moment.values(), vec![0.0; NUMEL]);
+    }
+
+    #[test]
+    fn pieces_of_several_threads_are_all_elements_once() {
+        let numel = 3 * PIECE + 5;
+        let (shard, moments) = (Shard::zeros(numel + 3), [Shard::zeros(numel), Shard::zeros(numel)]);
+        for step in 1..=2 {
+            shard.update(numel, &moments, |range, values, [first, second]| {
+                let state = first.iter_mut().zip(second);
+                for ((index, value), (first, second)) in range.zip(values).zip(state) {
+                    *first += 1.0;
+                    *second += index as f32;
+                    *value += *first + *second;
+                }
+            });
+            assert!(moments[0].values().iter().all(|v| *v == step as f32));
+            let expected = |(index, v): (usize, &f32)| *v == index as f32 * step as f32;
+            assert!(moments[1].values().iter().enumerate().all(expected));
+        }
+        let values = shard.values();
+        assert!(values[..numel].iter().enumerate().all(|(index, v)| *v == 3.0 * (index as f32 + 1.0)));
+        assert_eq!(values[numel..], [0.0; 3]);
     }
 
     #[test]

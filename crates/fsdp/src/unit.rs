@@ -151,8 +151,8 @@ impl Unit {
     /// Begins to gather, so that the collective runs beside what this thread computes next.
     pub(crate) fn prefetch(&self) -> Result<()> {
         let mut state = self.state();
-        let communicates = self.groups.shard.size() > 1 && !self.flat.params().is_empty();
-        if communicates && matches!(state.params, Params::Freed) {
+        let travels = self.travels(self.groups.shard.size()) && !self.flat.params().is_empty();
+        if travels && matches!(state.params, Params::Freed) {
             let (flat, shard, pass) = (self.flat.clone(), self.shard.values(), self.pass.clone());
             let room = room(&flat, &pass)?;
             let gathering = self.groups.shard.issue(move |group| gather(group, &flat, &shard, &pass, room));
@@ -234,8 +234,8 @@ impl Unit {
         // Its computation is over; what follows is the reduction's.
         self.state().backward = None;
         // A gather ahead waits for its turn after the reduction that begins here, whose gradients lie in memory until
-        // then: keeping a buffer for it would make the peak a unit higher.
-        if self.reduces_beside() || !self.pass.is_gather_ahead() {
+        // then: keeping a buffer for it would make the peak a unit higher. On a device no parameters lie here.
+        if self.pass.device.is_cpu() && (self.reduces_beside() || !self.pass.is_gather_ahead()) {
             self.pass.buffers.free_idle();
         }
         if self.pass.is_no_sync() { Ok(()) } else { self.reduce() }
@@ -264,20 +264,36 @@ impl Unit {
     }
 
     fn reduces_beside(&self) -> bool {
-        self.pass.overlap.reduce && self.groups.n_ranks() > 1
+        self.pass.overlap.reduce && self.travels(self.groups.n_ranks())
+    }
+
+    /// Whether a shard goes anywhere: to other ranks, or between host memory and a device.
+    fn travels(&self, n_ranks: usize) -> bool {
+        n_ranks > 1 || self.pass.device.is_cuda()
     }
 
     pub(crate) fn add_shard_gradient(&self, reduced: Vec<f32>) {
         let mut state = self.state();
         match &mut state.shard_gradient {
             None => state.shard_gradient = Some(reduced),
-            Some(sum) => sum.iter_mut().zip(&reduced).for_each(|(sum, g)| *sum += g),
+            Some(sum) => {
+                sum.iter_mut().zip(&reduced).for_each(|(sum, g)| *sum += g);
+                self.give_gradient(reduced);
+            }
         }
     }
 
-    /// The reduced gradient since the last call; `None` if no backward reached the unit.
+    /// The reduced gradient since the last call; `None` if no backward reached the unit. For [`Unit::give_gradient`] then.
     pub(crate) fn take_gradient(&self) -> Option<Vec<f32>> {
         self.state().shard_gradient.take()
+    }
+
+    /// Gives back the memory of a reduced gradient. What comes from a device is written there again; on the CPU it would
+    /// lie idle while memory is dearest, at the end of forward.
+    pub(crate) fn give_gradient(&self, gradient: Vec<f32>) {
+        if self.pass.device.is_cuda() {
+            self.pass.buffers.give(gradient);
+        }
     }
 
     /// Lends the reduced gradient, if there is one.
@@ -288,8 +304,10 @@ impl Unit {
     /// Forgets all gradients.
     pub(crate) fn zero_grad(&self) {
         let mut state = self.state();
-        state.shard_gradient = None;
         state.gradients.fill(None);
+        if let Some(gradient) = state.shard_gradient.take() {
+            self.give_gradient(gradient);
+        }
     }
 
     /// This rank's position among the shards.

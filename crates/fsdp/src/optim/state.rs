@@ -50,11 +50,11 @@ impl<const N: usize> Moments<N> {
 
     /// Calls `update(factors, parameters, gradient, buffers)` for every block of every unit that has a gradient, with
     /// the `factors(step, group)` of the unit's step, which counts from 1, and of the elements' group.
-    pub(super) fn update<F>(
+    pub(super) fn update<F: Sync>(
         &mut self,
         fsdp: &Fsdp,
         factors: impl Fn(u64, usize) -> F,
-        mut update: impl FnMut(&F, &mut [f32], &[f32], [&mut [f32]; N]),
+        update: impl Fn(&F, &mut [f32], &[f32], [&mut [f32]; N]) + Sync,
     ) -> Result<()> {
         if !Arc::ptr_eq(&self.pass, &fsdp.pass) {
             return Err(Error::OtherModel);
@@ -76,6 +76,7 @@ impl<const N: usize> Moments<N> {
                     update(&factors[*group], &mut param[here], &gradient[both], buffers);
                 }
             });
+            unit.give_gradient(gradient);
         }
         Ok(())
     }
