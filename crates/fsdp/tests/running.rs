@@ -16,7 +16,7 @@ use candle_nn::{Linear, Module, linear};
 use common::{STRATEGIES, full, mesh, plain_copy, ranks, relative_difference, tensor};
 use sconce_fsdp::{
     Adam, AdamConfig, Error, Fsdp, FsdpBuilder, FsdpConfig, GradScaler, GradScalerConfig, MixedPrecision,
-    Names, Optimizer, ParamGroup, Sgd, SgdConfig, Sharded, ShardingStrategy, WrapPolicy,
+    Names, Optimizer, ParamGroup, Sgd, SgdConfig, Sharded, ShardingStrategy, StateDictType, WrapPolicy,
 };
 use sconce_mesh::ProcessGroup;
 
@@ -484,6 +484,9 @@ fn optimizers_step_as_torchs_do() {
                 HashMap::from([("p".to_owned(), Tensor::new(&[1f32, -2.0, 0.5], &Device::Cpu).unwrap())]);
             fsdp.load_state_dict(&common::whole_state(&start)).unwrap();
             let mut optim = make(&fsdp);
+            // What was saved before the first step changes nothing.
+            let unstepped = make(&fsdp).state_dict(&fsdp, StateDictType::Full).unwrap();
+            optim.load_state_dict(&fsdp, &unstepped).unwrap();
             let factors = Tensor::new(&[1f32, 2.0, 3.0], &Device::Cpu).unwrap();
             for _ in 0..3 {
                 let loss = fsdp.forward(&[], || p.mul(&factors)?.sin()?.sum_all()).unwrap();
@@ -510,7 +513,7 @@ fn parameter_groups_have_their_own_hyperparameters() {
         for (fqn, values) in full(&fsdp) {
             assert_eq!(values == before[&fqn], fqn.ends_with("bias"), "{fqn}");
         }
-        let state = optim.state_dict(&fsdp, sconce_fsdp::StateDictType::Full).unwrap();
+        let state = optim.state_dict(&fsdp, StateDictType::Full).unwrap();
         let Some(sconce_dtensor::Value::List(groups)) = state.get("param_groups") else {
             panic!("{state:?}")
         };

@@ -139,7 +139,7 @@ impl Optimizer for Adam {
 
     fn load_state_dict(&mut self, fsdp: &Fsdp, saved: &StateDict<'_>) -> Result<()> {
         let configs = self.moments.loaded_configs(fsdp, saved, &self.configs)?;
-        self.moments.load_state_dict(fsdp, saved, STATE, true)?;
+        self.moments.load_state_dict(fsdp, saved, STATE, None)?;
         self.configs = configs;
         Ok(())
     }

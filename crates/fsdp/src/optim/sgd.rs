@@ -110,11 +110,10 @@ impl Optimizer for Sgd {
             self.state = State::Momentum(moments.with_buffer(fsdp));
         }
         match &mut self.state {
-            State::Plain(moments) => moments.load_state_dict(fsdp, saved, [], false)?,
+            State::Plain(moments) => moments.load_state_dict(fsdp, saved, [], Some(0))?,
+            // torch saves no step: a buffer that it saved has been filled.
             State::Momentum(moments) => {
-                moments.load_state_dict(fsdp, saved, ["momentum_buffer"], false)?;
-                // torch saves no step: a buffer that was saved has been filled.
-                moments.at_least_one_step();
+                moments.load_state_dict(fsdp, saved, ["momentum_buffer"], Some(1))?;
             }
         }
         self.configs = configs;

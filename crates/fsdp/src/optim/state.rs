@@ -132,13 +132,13 @@ impl<const N: usize> Moments<N> {
         configs.loaded(fsdp, saved, &self.params)
     }
 
-    /// Takes buffers and steps; `needs_steps` if a state without steps cannot go on.
+    /// Takes buffers and steps; `unsaved_step` where none was saved, which is an error without that.
     pub(super) fn load_state_dict(
         &mut self,
         fsdp: &Fsdp,
         saved: &StateDict<'_>,
         names: [&str; N],
-        needs_steps: bool,
+        unsaved_step: Option<u64>,
     ) -> Result<()> {
         if !Arc::ptr_eq(&self.pass, &fsdp.pass) {
             return Err(Error::OtherModel);
@@ -151,7 +151,7 @@ impl<const N: usize> Moments<N> {
             loading.add(&self.views(fsdp, nth), name, found)?;
         }
         loading.note_unexpected(entries.keys());
-        let steps = agreed_steps(fsdp, entries, needs_steps)?;
+        let steps = agreed_steps(fsdp, entries, unsaved_step)?;
         let (steps, refusal) = match steps {
             Ok(steps) => (steps, Ok(())),
             Err(error) => (vec![], Err(error)),
@@ -161,11 +161,6 @@ impl<const N: usize> Moments<N> {
             moments.step = step;
         }
         Ok(())
-    }
-
-    /// Makes units count as having stepped.
-    pub(super) fn at_least_one_step(&mut self) {
-        self.units.iter_mut().for_each(|unit| unit.step = unit.step.max(1));
     }
 
     /// Buffer `nth` of every unit.

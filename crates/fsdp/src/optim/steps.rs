@@ -10,10 +10,15 @@ use crate::{Error, Fsdp, Result};
 /// How a rank without a step says so.
 const NONE: u64 = u64::MAX;
 
-/// The step count of every unit: that of its first trainable parameter, 0 if there is none and `needed` is false.
+/// The step count of every unit: that of its first trainable parameter, `unsaved` if it has none saved, which is an error
+/// without that; 0 for a unit without parameters.
 ///
 /// Ranks: collective over the mesh. The inner result is this rank's own verdict, for all ranks to agree on.
-pub(super) fn agreed_steps(fsdp: &Fsdp, entries: &StateDict<'_>, needed: bool) -> Result<Result<Vec<u64>>> {
+pub(super) fn agreed_steps(
+    fsdp: &Fsdp,
+    entries: &StateDict<'_>,
+    unsaved: Option<u64>,
+) -> Result<Result<Vec<u64>>> {
     let found = fsdp.units.iter().map(|unit| step_of(unit, entries));
     let (found, refusal) = match found.collect::<Result<Vec<Option<u64>>>>() {
         Ok(found) => (found, None),
@@ -27,10 +32,11 @@ pub(super) fn agreed_steps(fsdp: &Fsdp, entries: &StateDict<'_>, needed: bool) -
     let agreed = fsdp.units.iter().enumerate().map(|(nth, unit)| {
         match (all.iter().find_map(|bytes| of_rank(bytes, nth)), unit.flat.trainable().first()) {
             (Some(step), _) => Ok(step),
-            (None, Some(param)) if needed => {
-                Err(Error::KeyMismatch { missing: vec![format!("{}.step", param.fqn)], unexpected: vec![] })
-            }
-            _ => Ok(0),
+            (None, None) => Ok(0),
+            (None, Some(param)) => unsaved.ok_or_else(|| {
+                let missing = vec![format!("{}.step", param.fqn)];
+                Error::KeyMismatch { missing, unexpected: vec![] }
+            }),
         }
     });
     Ok(refusal.map_or_else(|| agreed.collect(), Err))
